@@ -7,7 +7,7 @@ from stemtune.config import Memories
 from stemtune.data.memories import MEMORIES_FILE, MemoryBook, read_memories
 from stemtune.data.persona import Window
 from stemtune.data.records import Message
-from stemtune.data.render import Renderer
+from stemtune.data.renderer import Renderer
 from stemtune.errors import DataError
 from stemtune.generate import Sampling, fit_history, stream_reply
 from stemtune.model.save import adapter_folder, load_adapter

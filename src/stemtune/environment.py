@@ -1,6 +1,5 @@
 """What this machine has."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -8,6 +7,7 @@ import psutil
 import torch
 
 from stemtune.cache import cache_folder
+from stemtune.data.parallel import cores
 from stemtune.model.load import choose_device, choose_dtype
 
 PACKAGES = "stemtune torch transformers peft accelerate tokenizers datasets trl gguf bitsandbytes"
@@ -28,9 +28,7 @@ def environment() -> dict[str, str | int | float]:
     facts |= {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "free_memory_gib": round(psutil.virtual_memory().available / 2**30, 1),

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import TextIteratorStreamer
 
 from stemtune.data.records import Message
-from stemtune.data.render import Renderer
+from stemtune.data.renderer import Renderer
 from stemtune.score import autocast
 from stemtune.tree.logprobs import base_model
 

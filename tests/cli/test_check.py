@@ -154,3 +154,12 @@ def test_brackets_in_a_text(folder: Path) -> None:
 def test_nothing_is_written(folder: Path) -> None:
     stemtune_here("check", "run.yaml", cwd=folder)
     assert sorted(path.name for path in folder.iterdir()) == ["rows.jsonl", "run.yaml"]
+
+
+def test_what_is_too_long_is_counted_beyond_what_is_kept(folder: Path) -> None:
+    rows = [{"context": f"q{n}", "target": "or not to be " * 20} for n in range(1100)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, ROWS[0]]))
+    outcome = stemtune_here("check", "run.yaml", "data.max_length=60", cwd=folder)
+    assert outcome.code == 2
+    assert "refused: 1,100 rows" in outcome.out
+    assert "(and 1,099 more of 1,101 rows)" in outcome.err

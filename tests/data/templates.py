@@ -12,15 +12,14 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from tests.models import tiny_tokenizer
 
-# Thinks in the last turns alone: what it thought before the last question is forgotten. Its tools
-# stand in the system prompt.
-QWEN3 = """
+# What both of Qwen3's begin with; CLOSING stands behind the tools.
+QWEN_HEAD = """
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
     {{- '# Tools\\n<tools>' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\\n</tools><|im_end|>\\n' }}
+    {{- '\\n</tools>CLOSING<|im_end|>\\n' }}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
@@ -28,6 +27,12 @@ QWEN3 = """
 {%- for m in messages %}
     {%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
 {%- endfor %}
+"""
+# Thinks in the last turns alone: what it thought before the last question is forgotten. Its tools
+# stand in the system prompt.
+QWEN3 = (
+    QWEN_HEAD.replace("CLOSING", "")
+    + """\
 {%- for m in messages %}
     {%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
@@ -48,23 +53,13 @@ QWEN3 = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+)
 
 # Qwen3 as it ships: what an answer thinks may stand in its text, the last answer thinks even where
 # it thinks nothing, results of tools that follow each other are one turn.
-QWEN3_HYBRID = """
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-    {{- '# Tools\\n<tools>' }}
-    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\\n</tools>\\nCall one in <tool_call></tool_call><|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last=0) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
-{%- endfor %}
+QWEN3_HYBRID = (
+    QWEN_HEAD.replace("CLOSING", "\\nCall one in <tool_call></tool_call>")
+    + """\
 {%- for m in messages %}
     {%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
@@ -97,6 +92,7 @@ QWEN3_HYBRID = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+)
 
 CHATML = """
 {%- for m in messages %}

@@ -49,6 +49,8 @@ def check(
         if too_long if refusal.too_long else strict:
             fatal.refuse(refusal)
     if fatal.num_refused:
+        fatal.kinds = {kind: data.ledger.kinds[kind] for kind in fatal.kinds}
+        fatal.num_refused = sum(fatal.kinds.values())
         _stop(fatal, as_json)
     summary = summarise(data, config)
     shown = [

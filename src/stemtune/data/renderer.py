@@ -163,7 +163,8 @@ class Renderer:
         self._ids, self._texts = {}, {}
         if self.plain:
             return
-        whole_of: dict[str, str] = {}  # by prompt
+        wholes: dict[str, None] = {}
+        whole_of: dict[str, str] = {}  # by prompt: one of the conversations that go on from it
         for messages, tools in conversations:
             if not self._holds_control_token(messages, tools):
                 try:
@@ -171,10 +172,9 @@ class Renderer:
                     prompt = self._text(messages[:-1], tools, keep=True, add_generation_prompt=True)
                 except REFUSALS:
                     continue  # said when the record itself is rendered
+                wholes[whole] = None
                 whole_of[prompt] = whole
-        if not whole_of:
-            return
-        self._tokenise(list(dict.fromkeys(whole_of.values())))
+        self._tokenise(list(wholes))
         composed = {prompt: self._composed(prompt, whole) for prompt, whole in whole_of.items()}
         # The same as tokenising each prompt by itself; some of them are, to be sure.
         checked = [prompt for prompt, ids in composed.items() if ids is not None][:CHECKED]

@@ -116,13 +116,10 @@ def survey(data: Data, seed: int) -> Survey:
     is_eval = np.repeat(columns["file"] >= len(train), columns["records"])
     _refuse_nothing(is_eval, bool(held_out), ledger)
     group, cluster = _groups(columns)
-    if held_out:
-        _check_leaks(columns, files, cluster, is_eval, data, ledger)
-    elif data.eval_fraction > 0:
+    if not held_out and data.eval_fraction > 0:
         is_eval = draw(cluster, data.eval_fraction, seed, "eval")
         if not is_eval.any():
             ledger.notes.append("only one group of rows: nothing is held out")
-    _compare_rows(columns, files, ledger)
     found = Survey(
         files=files,
         row_file=columns["file"],
@@ -136,6 +133,9 @@ def survey(data: Data, seed: int) -> Survey:
         ledger=ledger,
         key=key,
     )
+    if held_out:
+        _check_leaks(found, cluster, data)
+    _compare_rows(columns, files, ledger)
     if key:
         kept.keep(key, partial(_save, found))
     return found
@@ -375,21 +375,13 @@ def _groups(rows: dict[str, NDArray[Any]]) -> tuple[Groups, Groups]:
     return find_groups(names, by_kin), find_groups(names, chain(by_kin, by_text))
 
 
-def _check_leaks(
-    rows: dict[str, NDArray[Any]],
-    files: list[File],
-    group: Groups,
-    is_eval: NDArray[np.bool_],
-    data: Data,
-    ledger: Ledger,
-) -> None:
-    leaks = np.intersect1d(group[~is_eval], group[is_eval])
+def _check_leaks(found: Survey, cluster: Groups, data: Data) -> None:
+    is_eval = found.is_eval
+    leaks = np.intersect1d(cluster[~is_eval], cluster[is_eval])
     if not len(leaks):
         return
-    leaking = np.flatnonzero(is_eval & np.isin(group, leaks))[0]
-    row = int(np.searchsorted(np.cumsum(rows["records"]), leaking, "right"))
-    path = files[int(rows["file"][row])].path
-    place = Place(path, int(rows["line"][row]), int(rows["offset"][row]))
+    first = np.flatnonzero(is_eval & np.isin(cluster, leaks))[0]
+    place = found.place(int(found.record_row[first]))
     what = f"{len(leaks)} groups of the evaluation data are in the training data as well"
     if not data.allow_leaks:
         hint = (
@@ -397,7 +389,7 @@ def _check_leaks(
             "the two, or set data.allow_leaks: true"
         )
         raise DataError(what, where=str(place), hint=hint)
-    ledger.notes.append(f"{what} (data.allow_leaks)")
+    found.ledger.notes.append(f"{what} (data.allow_leaks)")
 
 
 def _compare_rows(rows: dict[str, NDArray[Any]], files: list[File], ledger: Ledger) -> None:

@@ -51,7 +51,6 @@ def save_adapter(
         "max_length": config.data.max_length,
         "window": _window(config),
         "memories": config.data.memories and config.data.memories.model_dump(),
-        "rag": config.data.rag.model_dump(),
     }
     for name, text in (files or {}).items():
         write_text(temporary / name, text)
