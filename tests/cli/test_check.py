@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.command import stemtune_here
 from tests.models import tiny_tokenizer
+from tests.runs import write_rows
 
 ROWS: list[Any] = [
     {"context": "To be", "target": "or not"},
@@ -62,6 +63,7 @@ def test_the_figures(folder: Path) -> None:
     found = json.loads(outcome.out)
     sharing, spread = found.pop("sharing"), found.pop("step_sharing")
     assert found == {
+        "memory_sharing": {},
         "rows": 5,
         "formats": {"context_target": 2, "messages": 1},
         "num_refused": 2,
@@ -163,3 +165,33 @@ def test_what_is_too_long_is_counted_beyond_what_is_kept(folder: Path) -> None:
     assert outcome.code == 2
     assert "refused: 1,100 rows" in outcome.out
     assert "(and 1,099 more of 1,101 rows)" in outcome.err
+
+
+def test_the_sharing_of_both_places_for_memories(tmp_path: Path, tiny_base: Path) -> None:
+    """Windows of one dialogue share their history only where memories stand behind it."""
+    words = ["sea", "lamp", "rope", "gull", "sand", "tide"]
+    turns = [
+        {"role": role, "text": f"{word} {role} {number} and more of it"}
+        for number, word in enumerate(words)
+        for role in ("A", "B")
+    ]
+    write_rows(tmp_path / "rows.jsonl", [{"dialogue": turns}, {"dialogue": turns[::-1]}])
+    (tmp_path / "lore.txt").write_text("\n\n".join(f"the {word} of old" for word in words))
+    (tmp_path / "run.yaml").write_text(
+        f"model:\n  base: {tiny_base}\ndata:\n  path: rows.jsonl\n  eval_fraction: 0\n"
+        "  character: B\n  samples: turn\n  memories: {path: lore.txt, count: 1}\n"
+    )
+    shown: dict[str, Any] = {}
+    for position in ("after_history", "before_history"):
+        more = f"data.memories.position={position}"
+        outcome = stemtune_here("check", "run.yaml", more, "--json", "--show", 0, cwd=tmp_path)
+        assert (outcome.code, outcome.err) == (0, "")
+        shown[position] = json.loads(outcome.out)
+        assert next(iter(shown[position]["memory_sharing"])) == position
+        mine = shown[position]["memory_sharing"][position]
+        assert mine == shown[position]["sharing"]["dialogue"]
+    ours, theirs = (shown[position]["memory_sharing"] for position in shown)
+    assert ours == theirs, "the one that is set makes no difference to what either shares"
+    assert ours["after_history"] > 1.5 * ours["before_history"]
+    outcome = stemtune_here("check", "run.yaml", "--show", 0, cwd=tmp_path)
+    assert "memories" in outcome.out and "before_history" in outcome.out

@@ -5,7 +5,9 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +31,7 @@ from stemtune.data.records import Finding, Ledger, Refusal
 from stemtune.data.render import TooLongError
 from stemtune.data.store import Store, to_batch, write
 from stemtune.data.survey import ARRAYS, Survey, survey
-from stemtune.errors import DataError, DiskError, StemtuneError
+from stemtune.errors import DataError, DiskError, OutOfMemoryError, StemtuneError
 from tests.data.rows import data_of, write_rows
 from tests.models import tiny_tokenizer
 
@@ -252,10 +254,6 @@ def test_any_other_setting_has_another_key(tmp_path: Path, cache: Path) -> None:
         {"samples": "turn"},
         {"samples": "turn", "history_turns": 2},
         {"samples": "turn", "history_tokens": 9},
-        {"thinking": "mask"},
-        {"template": "plain"},
-        {"max_length": 151},
-        {"rag": {"max_tokens": 7}},
         {"pairs": {"margin": 0.5}},
         {"path": [str(path), str(held_out)]},
         {"path": [str(held_out), str(path)]},
@@ -273,6 +271,29 @@ def test_any_other_setting_has_another_key(tmp_path: Path, cache: Path) -> None:
     keys.append(survey(data_of(tmp_path / "renamed.jsonl", **SETTINGS), 0).key)
     assert len(set(keys)) == len(keys) == len(settings) + 2
     assert entries(cache) == sorted(keys)
+
+
+def test_what_renders_rows_has_an_entry_of_its_own(tmp_path: Path, cache: Path) -> None:
+    """The first pass is the same for all of these, the second is not."""
+    path = write_rows(tmp_path / "rows.jsonl", *rows_of_all_kinds())
+    lore = tmp_path / "lore.txt"
+    lore.write_text("question 3 is hard")
+    turns: dict[str, Any] = {"samples": "turn"}
+    settings: list[dict[str, Any]] = [
+        {},
+        {"thinking": "mask"},
+        {"max_length": 151},
+        {"rag": {"max_tokens": 7}},
+        {"memories": {"path": str(lore)}},
+        {"memories": {"path": str(lore), "position": "before_history"}},
+        {"memories": {"path": str(lore), "template": "<{memories}>"}},
+    ]
+    keys: set[str] = set()
+    for number, more in enumerate(settings, 1):
+        data = Data.model_validate({"path": str(path), **SETTINGS, **turns, **more})
+        keys.add(make(data).train.survey.key)
+        assert len(entries(cache)) == 1 + number
+    assert len(keys) == 1
 
 
 def test_other_code_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -777,3 +798,27 @@ def test_a_damaged_entry_is_made_anew(
     caplog.clear()
     assert make(data).fingerprint == first.fingerprint
     assert "damaged" not in caplog.text
+
+
+def kill_itself(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
+def test_a_process_that_is_killed_is_an_error_for_people() -> None:
+    with pytest.raises(OutOfMemoryError, match="killed") as caught:
+        list(map_chunks(kill_itself, range(8), workers=2))
+    assert caught.value.hint and caught.value.exit_code == 8
+
+
+def test_what_a_killed_process_left_goes_after_a_week(cache: Path) -> None:
+    old, new = cache / ".abandoned", cache / ".being-written"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x")
+    week_ago = time.time() - 8 * 86_400
+    os.utime(old, (week_ago, week_ago))
+    kept.keep("k" * 64, lambda folder: (folder / "whole").touch())
+    assert entries(cache) == [".being-written", "k" * 64]

@@ -94,6 +94,7 @@ def test_the_figures() -> None:
         "longest": {"place": "rows.jsonl:1 (byte 0)", "tokens": 5},
         "max_length": 2048,
         "step_sharing": {"min": 1.0, "median": 1.0, "p95": 1.86, "max": 1.86},
+        "memory_sharing": {},
         "batching": "dialogue",
         "batch_size": 2,
         "steps": 3,
@@ -144,3 +145,19 @@ def test_pieces_are_cut_at_masks_and_special_tokens() -> None:
         Piece("<|im_end|>", trained=True, special=True),
         Piece("\n", trained=False, special=False),
     ]
+
+
+def test_a_length_far_from_the_others_is_shown() -> None:
+    """Eleven words of four to six letters, one of 120 and one of a single token more than none."""
+    words = ["abcD", "abcdE", "abcdeF"] * 4
+    data = prepared(*(("g", "p", word) for word in [*words[:11], "a" * 119 + "B", words[11]]))
+    summary = summarise(data, config())
+    found = summary.findings["length outlier"]
+    assert found["count"] == 1
+    assert found["examples"] == [("rows.jsonl:12 (byte 110)", "120 tokens")]
+    assert found["remedy"]
+
+
+def test_lengths_that_are_nearly_alike_have_no_outliers() -> None:
+    data = prepared(*(("g", "p", word) for word in ["abcD"] * 20 + ["abcdE", "abC"]))
+    assert "length outlier" not in summarise(data, config()).findings

@@ -8,11 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from stemtune.cli.common import Json, Overrides, RunFile, log_to_stderr, out
+from stemtune.config import Data
 from stemtune.errors import DataError, printable
 from stemtune.runfile import load_config
 
 if TYPE_CHECKING:
+    from stemtune.data.prepare import Prepared
     from stemtune.data.records import Ledger
+    from stemtune.data.survey import Survey
     from stemtune.report.summary import Piece, Summary
 
 KINDS_SHOWN, PLACES_SHOWN = 40, 3
@@ -52,7 +55,7 @@ def check(
         fatal.kinds = {kind: data.ledger.kinds[kind] for kind in fatal.kinds}
         fatal.num_refused = sum(fatal.kinds.values())
         _stop(fatal, as_json)
-    summary = summarise(data, config)
+    summary = summarise(data, config, _elsewhere(surveyed, tokenizer, settings))
     shown = [
         (str(data.train.place(number)), [pieces(sequence, tokenizer) for sequence in sequences])
         for number, sequences in enumerate(data.train.sequences[:show])
@@ -65,6 +68,19 @@ def check(
         print(json.dumps({**summary.to_json(), "samples": samples}, ensure_ascii=False))
     else:
         _print(summary, data.ledger, shown)
+
+
+def _elsewhere(surveyed: "Survey", tokenizer: Any, settings: Data) -> "dict[str, Prepared]":
+    """The same data with their memories where they are not: what would that share?"""
+    from stemtune.data.prepare import prepare
+
+    if settings.memories is None:
+        return {}
+    before = settings.memories.position == "before_history"
+    position = "after_history" if before else "before_history"
+    memories = settings.memories.model_copy(update={"position": position})
+    moved = settings.model_copy(update={"memories": memories})
+    return {position: prepare(surveyed, tokenizer, moved, gather=True)}
 
 
 def _stop(ledger: "Ledger", as_json: bool) -> NoReturn:
@@ -143,12 +159,15 @@ def _table(summary: "Summary") -> Table:
         "trained tokens": f"{of(summary.targets, summary.tokens)} of {summary.tokens:,}",
         "sharing": f"{sharing}  (* data.batching)",
         "sharing of a step": spread(summary.step_sharing),
+        "memories": f"sharing {spread(summary.memory_sharing)}",
         "steps": f"{summary.steps:,} of {summary.batch_size} records, "
         f"{summary.steps_per_epoch:,} an epoch",
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    if not summary.memory_sharing:
+        del rows["memories"]
     for name, value in rows.items():
         table.add_row(name, Text(str(value)))
     return table

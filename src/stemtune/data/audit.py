@@ -24,6 +24,7 @@ REMEDIES = {
     "another script": "most answers are written in another script: are these meant?",
     "exact duplicates": "they count as often as they stand there; keep one",
     "near duplicates": "they stay together in the split; keep the best one",
+    "length outlier": "far longer or shorter than the others: look whether it belongs to them",
     "contradictions": "the same answer to the same prompt is chosen here and rejected there",
 }
 

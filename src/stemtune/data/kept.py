@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -25,6 +26,7 @@ WORTH_KEEPING = 8 * 2**20  # bytes of rows; what is smaller is made anew in a mo
 # What reading a damaged entry may raise, Arrow's own errors among them.
 DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile)
 log = logging.getLogger(__name__)
+ABANDONED = 7 * 86_400  # seconds without a change
 MOST = 20 * 2**30  # bytes of all entries; those that were not used for longest go
 
 
@@ -96,10 +98,13 @@ def _place(key: str) -> Path:
 
 def _make_room(newest: Path) -> None:
     """Remove what was not used for longest; whoever still reads it keeps its mapping."""
-    # What begins with a dot is still being written by another process.
     others = [path for path in newest.parent.iterdir() if path.is_dir() and path != newest]
     entries = [path for path in others if not path.name.startswith(".")]
     with suppress(OSError):
+        # What begins with a dot is being written by another process, or was by one that was killed.
+        for path in set(others) - set(entries):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
         entries.sort(key=lambda path: -path.stat().st_mtime)
         total = _size(newest)
         for path in entries:

@@ -9,8 +9,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+from stemtune.errors import OutOfMemoryError
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
@@ -33,6 +36,9 @@ def map_chunks(
     Args:
         function: without side effects; it and what it returns can be pickled.
         workers: processes; as many as there are cores, if not given.
+
+    Raises:
+        OutOfMemoryError: a process was killed, as a system does that has no memory left.
     """
     workers = workers or cores()
     rest = iter(chunks)
@@ -55,6 +61,10 @@ def map_chunks(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            what = "a process that read the data was killed, perhaps for want of memory"
+            hint = "free some memory, or allow this command fewer cores (taskset)"
+            raise OutOfMemoryError(what, where="data", hint=hint) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

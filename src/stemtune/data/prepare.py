@@ -29,7 +29,7 @@ from stemtune.data.parallel import map_chunks
 from stemtune.data.records import Dialogue, Ledger, Place, Preference, Record, Refusal
 from stemtune.data.render import Renderer, TooLongError, conversations, render
 from stemtune.data.store import Batch, Store, to_batch, write
-from stemtune.data.survey import Chunk, Survey, chunks, records_of
+from stemtune.data.survey import RENDERING, Chunk, Survey, chunks, records_of
 from stemtune.errors import DataError
 from stemtune.tree.sequence import Sequence
 
@@ -145,7 +145,8 @@ def prepare(
     renderer = _ChunkRenderer(survey, tokenizer, data, memories, preferences, gather)
     if survey.key:
         trims = data.on_too_long == "trim_context"
-        known = (_tokenizer_key(tokenizer), repr(memories), preferences, trims)
+        rendering = data.model_dump(include=RENDERING)
+        known = (_tokenizer_key(tokenizer), rendering, repr(memories), preferences, trims)
         key = kept.make_key(survey.key, *known)
         loaded = _load(kept.find(key)) or _load(kept.keep(key, partial(_save, renderer)))
         assert loaded is not None, "an entry that was just written can be read"

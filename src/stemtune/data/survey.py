@@ -28,6 +28,13 @@ from stemtune.data.split import Groups, Links, draw, find_groups
 from stemtune.errors import ConfigError, DataError
 
 CHUNK_ROWS = 2000
+RENDERING = {
+    "memories",
+    "rag",
+    "thinking",
+    "template",
+    "max_length",
+}  # read by the second pass alone
 CHUNK_BYTES = 16 * 2**20
 Count = NDArray[np.int64]
 
@@ -147,8 +154,9 @@ def _key(files: list[File], data: Data, seed: int) -> str:
     if sum(sizes) < kept.WORTH_KEEPING and len(sizes) == len(files):
         return ""
     named = [(str(file.path), file.kind, file.digest()) for file in files]
-    # What is done about a bad row does not change what the others come to.
-    settings = data.model_dump(exclude={"on_bad_row", "on_too_long", "batching"})
+    # What is done about a bad row does not change what the others come to; nor does how they are
+    # rendered.
+    settings = data.model_dump(exclude={"on_bad_row", "on_too_long", "batching", *RENDERING})
     return kept.make_key(named, settings, seed)
 
 

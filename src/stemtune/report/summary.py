@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from stemtune.config import Config
 from stemtune.data.audit import REMEDIES
 from stemtune.data.prepare import Part, Prepared
+from stemtune.data.records import Finding
 from stemtune.data.renderer import special_ids
 from stemtune.plan.pack import count_distinct
 from stemtune.plan.steps import plan_steps
@@ -18,6 +19,7 @@ from stemtune.tree.sequence import Sequence
 BATCHINGS = ("record", "dialogue", "persona")
 BINS = 12
 SAMPLED_STEPS = 200  # sharing is measured on at most so many steps
+OUTLIER = 5.0  # robust standard deviations of the logarithm of a length
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Summary:
     """For each way of batching: all tokens over distinct tokens, of the first epoch's steps."""
     step_sharing: dict[str, float]
     """How it spreads over the steps, with the batching that is set."""
+    memory_sharing: dict[str, float]
+    """With memories: the sharing that each position of theirs gives."""
     batching: str
     batch_size: int
     steps: int
@@ -61,8 +65,14 @@ class Summary:
 QUANTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
 
 
-def summarise(data: Prepared, config: Config) -> Summary:
-    """The figures that `check` shows."""
+def summarise(
+    data: Prepared, config: Config, elsewhere: dict[str, Prepared] | None = None
+) -> Summary:
+    """The figures that `check` shows.
+
+    Args:
+        elsewhere: the same data with their memories at the other position, by its name.
+    """
     part, train, ledger = data.train, config.train, data.ledger
     mine = np.isin(part.store.record, part.numbers)
     lengths = part.store.length[mine]
@@ -71,6 +81,12 @@ def summarise(data: Prepared, config: Config) -> Summary:
     steps = _plan(part, config, config.data.batching, train.num_train_epochs, train.max_steps)
     sharing = {name: _sharing(part, config, name) for name in BATCHINGS}
     each = sharing[config.data.batching]
+    memory_sharing: dict[str, float] = {}
+    if config.data.memories is not None:
+        memory_sharing[config.data.memories.position] = _ratio(each)
+        for position, other in (elsewhere or {}).items():
+            memory_sharing[position] = _ratio(_sharing(other.train, config, config.data.batching))
+    findings = {**ledger.findings, **_outliers(part)}
     return Summary(
         rows=ledger.rows,
         formats=ledger.formats,
@@ -79,7 +95,7 @@ def summarise(data: Prepared, config: Config) -> Summary:
         notes=ledger.notes,
         findings={
             kind: {**asdict(finding), "remedy": REMEDIES[kind]}
-            for kind, finding in sorted(ledger.findings.items(), key=lambda item: -item[1].count)
+            for kind, finding in sorted(findings.items(), key=lambda item: -item[1].count)
         },
         train_records=len(part),
         eval_records=len(data.eval),
@@ -91,10 +107,9 @@ def summarise(data: Prepared, config: Config) -> Summary:
         lengths=_histogram(lengths),
         longest={"place": str(part.survey.place(int(row))), "tokens": int(lengths.max())},
         max_length=config.data.max_length,
-        sharing={
-            name: round(total / distinct, 2) for name, (total, distinct, _) in sharing.items()
-        },
+        sharing={name: _ratio(found) for name, found in sharing.items()},
         step_sharing=_quantiles(each[2], 2),
+        memory_sharing=memory_sharing,
         batching=config.data.batching,
         batch_size=train.batch_size,
         steps=len(steps),
@@ -132,6 +147,28 @@ def _plan(
         max_steps=max_steps,
         seed=config.train.seed,
     )
+
+
+def _ratio(found: tuple[int, int, list[float]]) -> float:
+    return round(found[0] / found[1], 2)
+
+
+def _outliers(part: Part) -> dict[str, Finding]:
+    """Records whose length, on a scale of ratios, is far from the median.
+
+    Source:
+        the modified z-score of Iglewicz and Hoaglin 1993: 0.6745·(x - median) ÷ MAD.
+    """
+    numbers = np.flatnonzero(np.isin(part.store.record, part.numbers))
+    logs = np.log(part.store.length[numbers])
+    away = np.abs(logs - np.median(logs))
+    spread = max(float(np.median(away)), 0.1)  # lengths that are all alike have no outliers
+    far = numbers[0.6745 * away / spread > OUTLIER]
+    found = Finding()
+    for number in far[np.argsort(-part.store.length[far], kind="stable")].tolist():
+        row = int(part.survey.record_row[part.store.record[number]])
+        found.add(str(part.survey.place(row)), f"{int(part.store.length[number]):,} tokens")
+    return {"length outlier": found} if found.count else {}
 
 
 def _sharing(part: Part, config: Config, batching: str) -> tuple[int, int, list[float]]:
