@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CODE := src tests benchmarks examples
 
-.PHONY: setup demo demo-long test check format lint types bench docs
+.PHONY: setup demo demo-long demo-dpo test check format lint types bench docs
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ demo: $(READY)  ## Hamlet in five minutes: data, training, before and after
 
 demo-long: $(READY)  ## the same with more steps: what five minutes can't show
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py --long
+
+demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their passages
+	@test -d demo/hamlet/adapter || $(MAKE) demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo_dpo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

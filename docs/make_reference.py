@@ -22,8 +22,13 @@ def reference() -> str:
     """The whole page."""
     parts = [HEAD]
     for name, field in Config.model_fields.items():
-        (kind,) = sections_in(field.annotation)
-        parts += describe(name, kind, "##")
+        kinds = sections_in(field.annotation)
+        if len(kinds) == 1:
+            parts += describe(name, kinds[0], "##")
+            continue
+        parts.append(f"\n## {name}\n\n{field.description}\n")
+        for kind in kinds:  # told apart by their type
+            parts += describe(f"{name}: {kind.model_fields['type'].default}", kind, "###")
     return "".join(parts)
 
 

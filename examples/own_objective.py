@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 import stemtune as st
-from stemtune.objectives import TargetLayout
+from stemtune.objectives import Layout
 
 GAMMA = 1.0
 
 
 def focal(
-    logps: Tensor, reference_logps: Tensor | None, layout: TargetLayout, config: Any
+    logps: Tensor, reference_logps: Tensor | None, layout: Layout, config: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over the micro-batch's targets; the trainer divides by the step's total weight."""
     easiness = logps.exp().detach()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import stemtune as st
-from stemtune.objectives import TargetLayout, sft
+from stemtune.objectives import Layout, sft
 
 # Warnings that none of our code can prevent: PEFT and accelerate call what torch and transformers
 # have renamed since.
@@ -121,7 +121,7 @@ class Spy:
         self.at, self.act = at, act
 
     def __call__(
-        self, logps: Tensor, reference_logps: Tensor | None, layout: TargetLayout, config: Any
+        self, logps: Tensor, reference_logps: Tensor | None, layout: Layout, config: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
         if self.calls == self.at:

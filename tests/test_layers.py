@@ -20,7 +20,7 @@ def imports(path: Path) -> set[str]:
     [
         ("tree", {"tree"}),
         ("plan", {"plan", "tree"}),
-        ("objectives.py", set()),
+        ("objectives", {"objectives", "tree"}),
         ("config.py", set()),
         ("errors.py", set()),
         ("cache.py", set()),

@@ -13,6 +13,7 @@ PUBLIC = [
     "build_tree",
     "load_config",
     "load_model",
+    "load_stages",
     "target_logprobs",
     "train",
 ]

@@ -42,7 +42,13 @@ def test_defaults(write) -> None:
             "device": "auto",
             "attention": "auto",
         },
-        "adapter": {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": "auto"},
+        "adapter": {
+            "init_from": None,
+            "r": 16,
+            "alpha": 32,
+            "dropout": 0.05,
+            "target_modules": "auto",
+        },
         "data": {
             "path": str(write(DATA).parent / "rows.jsonl"),
             "eval_path": None,
@@ -74,7 +80,7 @@ def test_defaults(write) -> None:
             "allow_leaks": False,
             "batching": "dialogue",
         },
-        "objective": {"type": "sft"},
+        "objective": {"weight": 1.0, "type": "sft"},
         "train": {
             "learning_rate": 1e-4,
             "lr_scheduler_type": "cosine",
@@ -150,7 +156,7 @@ def test_an_override_is_named_where_it_is_wrong(write) -> None:
         ("model:\n  batch_size: 3\n", 4, "model.batch_size", "train.batch_size"),
         ("train:\n  lr: 1e-4\n", 4, "train.lr", "train.learning_rate"),
         ("lora_alpha: 1\n", 3, "lora_alpha", "adapter.alpha"),
-        ("objective:\n  type: sft\n  beta: 0.1\n", 5, "objective.beta", "objective"),
+        ("objective:\n  type: sft\n  beta: 0.1\n", 5, "objective.beta", "sft has weight, type"),
         ("xyzzy: 1\n", 3, "xyzzy", "model, adapter, data, objective, train, output, tracking"),
     ],
 )
@@ -183,7 +189,7 @@ def test_a_misspelt_required_key_is_named(write, text: str, key: str) -> None:
         ("train: 3\n", 3, "`train` can't be 3: expected a section"),
         ("train:\n", 3, "`train` can't be None: expected a section"),
         ("adapter:\n  target_modules: {q: 1}\n", 4, "`adapter.target_modules` can't be {'q': 1}"),
-        ("objective:\n  type: ppo\n", 4, "`objective.type` can't be 'ppo': expected sft"),
+        ("objective:\n  type: ppo\n", 4, "`objective.type` can't be 'ppo'"),
         ("model:\n  base: 2024-01-01\n", 4, "`model.base` can't be"),
         ("tracking:\n  trackers:\n  - 3\n", 4, "`tracking.trackers`"),
         ("adapter:\n  dropout: 1.0\n", 4, "`adapter.dropout` can't be 1.0: expected a number"),

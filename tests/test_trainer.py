@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from stemtune.errors import (
     OutOfMemoryError,
     OutputBusyError,
 )
-from stemtune.objectives import TargetLayout
+from stemtune.objectives import Layout, terms_of, totals_of
 from tests.runs import (
     IGNORED,
     Spy,
@@ -63,7 +64,7 @@ def sequences_of(trainer: st.Trainer, records: list[int]) -> list[st.Sequence]:
 
 def test_an_objective_of_the_users(tmp_path: Path, tiny_base: Path) -> None:
     def squares(
-        logps: Tensor, reference_logps: Tensor | None, layout: TargetLayout, config: Any
+        logps: Tensor, reference_logps: Tensor | None, layout: Layout, config: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert reference_logps is None
         return (layout.weight * logps**2).sum(), {}
@@ -82,7 +83,8 @@ def test_compute_loss_tells_log_probabilities(
 ) -> None:
     trainer = st.Trainer(make_config(tmp_path, tiny_base, f"model.attention={backend}"))
     sequences = sequences_of(trainer, trainer.plan[0])
-    loss, logps = trainer.compute_loss(st.build_tree(sequences), 50.0, return_outputs=True)
+    totals = replace(totals_of(sequences), targets=50.0)
+    loss, logps = trainer.compute_loss(sequences, totals, return_outputs=True)
     expected = one_by_one(plain(tiny_base), sequences)
     assert largest_error(logps, expected) < 1e-4
     assert float(loss.detach()) == pytest.approx(-float(expected.sum()) / 50.0, abs=1e-4)
@@ -330,16 +332,23 @@ def test_divergence(tmp_path: Path, tiny_base: Path, kind: str, limit: int) -> N
 
 def fits_up_to(trainer: st.Trainer, tokens: int) -> list[int]:
     """Let trees of more tokens run out of memory; the sizes that were tried."""
-    compute_loss, tried = trainer.compute_loss, []
+    backward, tried = trainer.accelerator.backward, []
+    run = trainer._run_micro_batches
 
-    def checked(tree: Any, *arguments: Any) -> Any:
-        tried.append(tree.num_distinct)
-        loss = compute_loss(tree, *arguments)
-        if tree.num_distinct > tokens:
-            raise torch.OutOfMemoryError
-        return loss
+    def spied(step: Any) -> Any:
+        batches = trainer.scorer.micro_batches(step.sequences)
+        sizes = [st.build_tree(step.of(batch).sequences).num_distinct for batch in batches]
 
-    trainer.compute_loss = checked  # type: ignore[method-assign]
+        def checked(loss: Tensor) -> None:
+            tried.append(sizes.pop(0))
+            backward(loss)
+            if tried[-1] > tokens:
+                raise torch.OutOfMemoryError
+
+        trainer.accelerator.backward = checked
+        return run(step)
+
+    trainer._run_micro_batches = spied  # type: ignore[method-assign]
     return tried
 
 
@@ -351,7 +360,7 @@ def test_out_of_memory_changes_nothing(
     trainer = st.Trainer(config)
     tried = fits_up_to(trainer, 210)  # the longest sequence has 207
     trainer.train()
-    assert max(tried) > 210 and trainer.budget == 200
+    assert max(tried) > 210 and trainer.scorer.budget == 200
     said = [message for message in caplog.messages if message.startswith("out of memory")]
     assert said == [f"out of memory: micro-batches of {n} tokens from now on" for n in (400, 200)]
     ours, theirs = steps_of(tmp_path / "run"), steps_of(expected)
@@ -370,7 +379,7 @@ def test_out_of_memory_late_in_a_step(tmp_path: Path, tiny_base: Path) -> None:
 
     trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides), objective=Spy(2, full))
     trainer.train()
-    assert trainer.budget == 150
+    assert trainer.scorer.budget == 150
     ours, theirs = steps_of(tmp_path / "run"), steps_of(expected)
     assert [line["loss"] for line in ours] == pytest.approx([x["loss"] for x in theirs], abs=1e-5)
 
@@ -389,7 +398,9 @@ def test_out_of_memory_with_one_sequence(tmp_path: Path, tiny_base: Path) -> Non
 def test_out_of_memory_while_evaluating(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = st.train(make_config(tmp_path / "whole", tiny_base, *SHORT, *EVALUATED)).output_dir
+    write_rows(tmp_path / "held-out.jsonl", dialogue_rows(5))
+    several = [f"data.eval_path={tmp_path}/held-out.jsonl", "data.allow_leaks=true"]
+    expected = st.train(make_config(tmp_path / "whole", tiny_base, *SHORT, *several)).output_dir
     logprobs, calls = score.target_logprobs, []
 
     def full_at_first(*arguments: Any) -> Tensor:
@@ -399,7 +410,7 @@ def test_out_of_memory_while_evaluating(
         return logprobs(*arguments)
 
     monkeypatch.setattr(score, "target_logprobs", full_at_first)
-    st.train(make_config(tmp_path, tiny_base, *SHORT, *EVALUATED))
+    st.train(make_config(tmp_path, tiny_base, *SHORT, *several))
     ours, theirs = metrics_of(tmp_path / "run")[0], metrics_of(expected)[0]
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
 
@@ -449,7 +460,9 @@ def test_a_disk_that_is_full_for_other_files(
     if name.endswith("safetensors"):
         monkeypatch.setattr(trainer.model, "save_pretrained", full_save)
     else:
-        trainer.objective = Spy(3, lambda: monkeypatch.setattr(Path, "open", full))
+        trainer.terms = terms_of(
+            trainer.config.objective, Spy(3, lambda: monkeypatch.setattr(Path, "open", full))
+        )
     with pytest.raises(DiskError, match="No space left"):
         trainer.train()
     monkeypatch.undo()

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from stemtune.config import Config
     from stemtune.errors import StemtuneError
     from stemtune.model.load import load_model
-    from stemtune.runfile import load_config
+    from stemtune.runfile import load_config, load_stages
     from stemtune.trainer import Trainer, train
     from stemtune.tree.build import build_tree
     from stemtune.tree.logprobs import target_logprobs
@@ -24,6 +24,7 @@ _HOMES = {
     "build_tree": "stemtune.tree.build",
     "load_config": "stemtune.runfile",
     "load_model": "stemtune.model.load",
+    "load_stages": "stemtune.runfile",
     "target_logprobs": "stemtune.tree.logprobs",
     "train": "stemtune.trainer",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "build_tree",
     "load_config",
     "load_model",
+    "load_stages",
     "target_logprobs",
     "train",
 ]

@@ -10,7 +10,8 @@ from stemtune.data.records import Message
 from stemtune.data.renderer import Renderer
 from stemtune.errors import DataError
 from stemtune.generate import Sampling, fit_history, stream_reply
-from stemtune.model.save import adapter_folder, load_adapter
+from stemtune.model.adapter import adapter_folder
+from stemtune.model.save import load_adapter
 
 
 class Chat:

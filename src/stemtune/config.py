@@ -4,9 +4,17 @@ Each section is read by one part of the program, which is handed that section an
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 FIELD_PATH = re.compile(r"[^.\[\]]+(\[\d*\])*(\.[^.\[\]]+(\[\d*\])*)*")
 
@@ -35,6 +43,7 @@ def holds(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+Answers = Literal["best", "pairs", "ranking", "labelled"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -58,6 +67,11 @@ class Model(Section):
 class Adapter(Section):
     """LoRA."""
 
+    init_from: str | None = None
+    """Go on with an adapter: the folder of a run or of an adapter (PEFT's), relative to the run
+    file. `r`, `alpha` and `target_modules` are its own. It is the reference of objectives that have
+    one."""
+
     r: Positive = 16
     """Rank of the update."""
     alpha: Positive = 32
@@ -79,6 +93,7 @@ FORMATS = Literal[
     "scene",
     "rag",
     "preference",
+    "labelled",
     "rag_preference",
     "candidates",
 ]
@@ -249,11 +264,177 @@ def as_sources(path: Path) -> list[Source]:
     return [Source(path=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
-class Sft(Section):
-    """Supervised fine-tuning."""
+class _Objective(Section):
+    """What all objectives have."""
+
+    answers: ClassVar[Answers] = "pairs"
+    """What it needs of a record: the one answer that is trained (of a preference the best), pairs
+    of answers, a ranking of them all, or answers that are labelled as good or bad (those of a pair
+    are)."""
+    has_reference: ClassVar[bool] = True
+    """Whether it compares with the model that training started from."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much it counts, where `objective` is a list of several."""
+
+
+class Sft(_Objective):
+    """Supervised fine-tuning: the mean negative log-likelihood of a step's targets."""
+
+    answers: ClassVar[Answers] = "best"
+    has_reference: ClassVar[bool] = False
 
     type: Literal["sft"] = "sft"
-    """The loss: here the mean negative log-likelihood of a step's targets."""
+    """Among objectives that compare answers, it takes the best ones."""
+
+
+class _Pairwise(_Objective):
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Adds so much of the mean negative log-likelihood of the best answers (RPO)."""
+
+
+class _Referenced(_Pairwise):
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How closely the policy is held to the reference: the less, the further it may go."""
+    reference: Literal["stored", "live"] = "stored"
+    """`stored`: the reference's log-probabilities are computed once, before training. `live`: in
+    each step. They are the same."""
+
+
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+
+
+class Dpo(_Referenced):
+    """Direct preference optimisation, and its variants."""
+
+    type: Literal["dpo"] = "dpo"
+    """The better answer of a pair becomes likelier than the worse, relative to the reference."""
+    label_smoothing: Smoothing = 0.0
+    """The share of pairs that may be the wrong way round."""
+    robust: bool = False
+    """With `label_smoothing`: the estimate that such noise leaves unbiased."""
+    length: Literal["sum", "mean"] = "sum"
+    """`mean`: log-probabilities are divided by the answer's length (length-normalised DPO)."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How much of an answer counts beyond the length of the other (length-desensitised DPO)."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """What holds the policy to the reference."""
+    divergence_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of `divergence: alpha`: near 0 it is `reverse_kl`, at 1 `forward_kl`."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.robust and not self.label_smoothing:
+            raise ValueError("`robust` needs a `label_smoothing`: how many pairs are wrong")
+        if (self.divergence_alpha is None) == (self.divergence == "alpha"):
+            raise ValueError("`divergence: alpha` and `divergence_alpha` belong together")
+        return self
+
+
+class Ipo(_Referenced):
+    """Identity preference optimisation."""
+
+    type: Literal["ipo"] = "ipo"
+    """The margin, by token, is brought to 1/(2·beta): pairs that are always won drive it no
+    further."""
+
+
+class Hinge(_Referenced):
+    """The hinge loss of SLiC."""
+
+    type: Literal["hinge"] = "hinge"
+    """A pair that is won by a margin of 1/beta has no loss."""
+
+
+class ApoZero(_Referenced):
+    """Anchored preference optimisation, for answers that are better than the model's own."""
+
+    type: Literal["apo_zero"] = "apo_zero"
+    """Better answers become likelier, worse ones less likely."""
+
+
+class ApoDown(_Referenced):
+    """Anchored preference optimisation, for answers that are worse than the model's own."""
+
+    type: Literal["apo_down"] = "apo_down"
+    """Both become less likely, the worse one more so."""
+
+
+class PlackettLuce(_Referenced):
+    """DPO over whole rankings of several answers."""
+
+    answers: ClassVar[Answers] = "ranking"
+
+    type: Literal["plackett_luce"] = "plackett_luce"
+    """Needs rows whose answers are all ranked: `data.pairs.mode: all`, and no ties."""
+
+
+class Simpo(_Pairwise):
+    """Simple preference optimisation: no reference, by token."""
+
+    has_reference: ClassVar[bool] = False
+
+    type: Literal["simpo"] = "simpo"
+    """The better answer becomes likelier than the worse one, by token and by a margin."""
+    beta: Annotated[float, Field(gt=0)] = 2.0
+    """Scale of the rewards."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """The margin by which a pair should be won."""
+    label_smoothing: Smoothing = 0.0
+    """The share of pairs that may be the wrong way round."""
+
+
+class Orpo(_Pairwise):
+    """Odds-ratio preference optimisation: no reference; supervised fine-tuning is a part of it."""
+
+    has_reference: ClassVar[bool] = False
+
+    type: Literal["orpo"] = "orpo"
+    """The likelihood of the better answer, and its odds against the worse one."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How much the odds count (lambda in the paper)."""
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """How much the mean negative log-likelihood of the best answers counts."""
+
+
+class Cpo(_Pairwise):
+    """Contrastive preference optimisation: no reference; supervised fine-tuning is a part of it."""
+
+    has_reference: ClassVar[bool] = False
+
+    type: Literal["cpo"] = "cpo"
+    """The better answer becomes likelier than the worse one."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Scale of the rewards."""
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+    """How much the mean negative log-likelihood of the best answers counts."""
+    label_smoothing: Smoothing = 0.0
+    """The share of pairs that may be the wrong way round."""
+
+
+class Kto(_Objective):
+    """Kahneman-Tversky optimisation: answers that are good or bad, with no partner."""
+
+    answers: ClassVar[Answers] = "labelled"
+
+    type: Literal["kto"] = "kto"
+    """Rows have a `label`; the answers of pairs are taken one by one."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How closely the policy is held to the reference: the less, the further it may go."""
+    reference: Literal["stored", "live"] = "stored"
+    """`stored`: the reference's log-probabilities are computed once, before training. `live`: in
+    each step. They are the same."""
+    desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """How much good answers count."""
+    undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """How much bad answers count."""
+
+
+AnyObjective = Annotated[
+    Sft | Dpo | Ipo | Hinge | ApoZero | ApoDown | PlackettLuce | Simpo | Orpo | Cpo | Kto,
+    Field(discriminator="type"),
+]
+OBJECTIVES = (Sft, Dpo, Ipo, Hinge, ApoZero, ApoDown, PlackettLuce, Simpo, Orpo, Cpo, Kto)
 
 
 class Train(Section):
@@ -316,7 +497,36 @@ class Config(Section):
     model: Model = Model()
     adapter: Adapter = Adapter()
     data: Data
-    objective: Sft = Sft()
+    objective: Annotated[list[AnyObjective], Field(min_length=1)] = [Sft()]
+    """What is minimised: one objective, or a list of several, by their weights."""
     train: Train = Train()
     output: Output = Output()
     tracking: Tracking = Tracking()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @field_serializer("objective")
+    def _alone(self, value: list[AnyObjective]) -> Any:
+        dumped = [one.model_dump() for one in value]
+        return dumped if len(dumped) > 1 else dumped[0]
+
+    @model_validator(mode="after")
+    def _objectives_agree(self) -> Self:
+        kinds = {one.answers for one in self.objective} - {"best"}
+        if "labelled" in kinds and len(kinds) > 1:
+            raise ValueError("kto takes answers one by one, and can't be combined with pairs")
+        if "ranking" in kinds and self.data.pairs.mode != "all":
+            raise ValueError("plackett_luce ranks all answers: it needs data.pairs.mode: all")
+        if "labelled" in kinds and self.train.batch_size < 2:
+            raise ValueError("kto compares the answers of a step: train.batch_size is at least 2")
+        return self
+
+    @property
+    def answers(self) -> Answers:
+        """What the objectives need of a record."""
+        kinds = {one.answers for one in self.objective}
+        order: list[Answers] = ["labelled", "ranking", "pairs", "best"]
+        return next(kind for kind in order if kind in kinds)

@@ -1,20 +1,22 @@
-"""Scores a finished run, record by record."""
+"""Scores a finished run: its held-out records, one by one and together."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config
-from stemtune.data.prepare import prepare
+from stemtune.data.prepare import Part, prepare
 from stemtune.data.records import Place
 from stemtune.data.survey import survey
 from stemtune.errors import DataError
-from stemtune.model.save import adapter_folder, load_adapter
-from stemtune.score import record_losses
+from stemtune.figures import Figures, held_out_figures, losses_by_record
+from stemtune.model.adapter import adapter_folder, add_start, starting_point
+from stemtune.model.save import load_adapter
+from stemtune.objectives import terms_of
+from stemtune.score import Scorer
 from stemtune.tree.sequence import Sequence
 
 
@@ -33,10 +35,19 @@ class RecordLoss:
         return math.fsum(self.losses) / len(self.losses)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a run's records come to."""
+
+    records: list[RecordLoss]
+    figures: Figures
+    """See `stemtune.figures`."""
+
+
 def evaluate_run(
     folder: Path, config: Config, *, base: bool = False, train_data: bool = False
-) -> list[RecordLoss]:
-    """The losses of a run's held-out (or training) records, with its adapter or without.
+) -> Scores:
+    """Score a run's held-out (or training) records, with its adapter or without.
 
     Raises:
         DataError: nothing was held out.
@@ -44,15 +55,27 @@ def evaluate_run(
     """
     surveyed = survey(config.data, config.train.seed)
     model, tokenizer, _ = load_adapter(adapter_folder(folder), config.model.device)
-    data = prepare(surveyed, tokenizer, config.data)
+    data = prepare(surveyed, tokenizer, config.data, answers=config.answers)
     part = data.train if train_data else data.eval
     if not len(part):
         hint = "set data.eval_fraction or data.eval_path; or score --train-data"
         raise DataError("this run has no held-out records", where=str(folder), hint=hint)
     budget = config.train.micro_batch_tokens
     assert budget != "auto", "a run's own config.yaml is resolved"
-    with model.disable_adapter() if base else torch.no_grad():
-        losses = record_losses(model, part, budget, config.model.attention)
+    scorer = Scorer(model, config, config.model.attention, budget)
+    logps = scorer.part_logps(part, adapter=not base)
+    references = None
+    if scorer.has_reference and not base:
+        add_start(model, config.adapter)
+        with starting_point(model):
+            references = scorer.part_logps(part)
+    figures = held_out_figures(part, scorer, terms_of(config.objective), logps, references)
+    return Scores(_records(part, losses_by_record(part, logps), tokenizer), figures)
+
+
+def _records(
+    part: Part, losses: list[list[float]], tokenizer: PreTrainedTokenizerBase
+) -> list[RecordLoss]:
     return [
         RecordLoss(part.place(record), _trained_text(part.sequences[record][-1], tokenizer), values)
         for record, values in enumerate(losses)

@@ -3,13 +3,16 @@
 import difflib
 import json
 import logging
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import LoggerType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track as rich_track
 
 from stemtune.config import Tracking
 from stemtune.errors import ConfigError
@@ -17,6 +20,7 @@ from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]
+Item = TypeVar("Item")
 
 
 def require_trackers(config: Tracking) -> None:
@@ -83,8 +87,10 @@ class ConsoleProgress:
 
     def step(self, line: Metrics) -> None:
         """Show a step."""
+        accuracy = line.get("rewards_accuracy")
+        preferred = "" if accuracy is None else f"accuracy {accuracy:.2f}  "
         numbers = (
-            f"loss {line['loss']:.3f}  {_short(line['tokens'] / line['seconds'])} tok/s "
+            f"loss {line['loss']:.3f}  {preferred}{_short(line['tokens'] / line['seconds'])} tok/s "
             f"({_short(line['distinct_tokens'] / line['seconds'])} distinct)"
         )
         self.bar.update(self.task, completed=line["step"], numbers=numbers)
@@ -92,6 +98,12 @@ class ConsoleProgress:
         shown = self.bar.disable and (line["step"] % every == 0 or line["step"] == self.total)
         level = logging.INFO if shown else logging.DEBUG
         log.log(level, "step %d/%d  %s", line["step"], self.total, numbers)
+
+
+def track(items: Seq[Item], what: str) -> Iterator[Item]:
+    """Items one by one, with a bar on a terminal."""
+    console = Console(stderr=True)
+    yield from rich_track(items, what, console=console, disable=not console.is_terminal)
 
 
 def _short(number: float) -> str:

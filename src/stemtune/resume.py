@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 FREE = {
     "data.path",
     "data.eval_path",
+    "adapter.init_from",  # its weights are compared
+    "objective.reference",
     "model.base",  # its weights are compared, and the data by their ids
     "model.dtype",
     "model.device",
@@ -30,7 +32,12 @@ HINT = "undo the change, or start anew in another output.dir"
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what is trained, as `section.key`."""
     settings = config.model_dump(exclude={"output": True, "tracking": True})
-    flat = {f"{s}.{key}": value for s, values in settings.items() for key, value in values.items()}
+    flat: dict[str, Any] = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:  # several objectives
+            flat[section] = values
     return {key: value for key, value in flat.items() if key not in FREE}
 
 
@@ -43,8 +50,11 @@ def settings_difference(before: dict[str, Any], now: dict[str, Any]) -> list[str
     ]
 
 
-def refuse_differences(state: dict[str, Any], config: Config, fingerprint: str) -> None:
+def refuse_differences(state: dict[str, Any], config: Config, facts: dict[str, str]) -> None:
     """Compare a checkpoint's state with the run file and the data of now.
+
+    Args:
+        facts: fingerprints, by the name of what they are of.
 
     Raises:
         ConfigError: with everything that differs.
@@ -55,8 +65,7 @@ def refuse_differences(state: dict[str, Any], config: Config, fingerprint: str) 
         wanted = getattr(config.model, key)
         if wanted not in ("auto", was, came_to[key]):
             changes.append(f"model.{key}: {was!r} → {wanted!r}")
-    if state["fingerprint"] != fingerprint:
-        changes.append("the data")
+    changes += [name for name, value in facts.items() if state["facts"].get(name) != value]
     if changes:
         what = "can't resume, since this has changed: " + "; ".join(changes)
         raise ConfigError(what, where=config.output.dir, hint=HINT)

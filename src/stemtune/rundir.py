@@ -68,7 +68,7 @@ class RunFolder:
 
     def _refuse_results(self) -> None:
         """Another run's checkpoints or adapter, or a folder of something else altogether."""
-        names = {entry.name for entry in self.path.iterdir()} - {".lock"}
+        names = {entry.name for entry in self.path.iterdir()} - {".lock", "stages"}
         results = names & {"adapter", "checkpoints"}
         if results or (names and "run.json" not in names):
             self.release()
@@ -142,6 +142,11 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """`run.json` of a folder; empty without one."""
+    return _read_json(folder / "run.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

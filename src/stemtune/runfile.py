@@ -1,5 +1,6 @@
 """Reads a run file, lays overrides over it, and says in which line something is wrong."""
 
+import copy
 import difflib
 import glob
 import re
@@ -11,10 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from stemtune.config import Config, Data, Source, is_hub_id
+from stemtune.config import OBJECTIVES, Config, Data, Source, is_hub_id
 from stemtune.errors import ConfigError
 
 Key = tuple[str, ...]  # `section`, `field`
+OBJECTIVE_TYPES = [str(kind.model_fields["type"].default) for kind in OBJECTIVES]
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,18 +43,110 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: with the file and line, or the override, at fault.
     """
+    stages = load_stages(path, overrides)
+    if len(stages) > 1:
+        hint = "read it by load_stages, and hand the list to train"
+        raise ConfigError("this run file has several stages", where=str(path), hint=hint)
+    return stages[0]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Config]:
+    """Read a run file whose training may have several stages, such as SFT and then DPO.
+
+    Each entry of `stages` is laid over the rest of the file, and goes on with the adapter of the
+    stage before. The last one's output is `output.dir`, the others' lie in its folder `stages`.
+
+    Args:
+        path, overrides: as for `load_config`; an override is laid over every stage, or as
+            `stages.NAME.section.key=value` over one.
+
+    Returns:
+        The stages in order; of a file without `stages` its only one.
+
+    Raises:
+        ConfigError: with the file and line, or the override, at fault.
+    """
     path = Path(path)
     values, lines = _read_yaml(path)
     places = {key: f"{path}:{line}" for key, line in lines.items()}
+    whole, names = _split_stages(values, places)
     for override in overrides or []:
-        _apply_override(values, places, override)
+        target = override.split(".", 2)
+        if target[0] == "stages" and len(target) == 3 and target[1] in names:
+            number = names.index(target[1])
+            _apply_override(*whole[number], target[2])
+            continue
+        for stage, stage_places in whole:
+            _apply_override(stage, stage_places, override)
+    configs: list[Config] = []
+    for stage, stage_places in whole:
+        config = _resolve_paths(_validated(stage, stage_places, path), path.resolve().parent)
+        configs.append(config)
+    return _chained(configs, names)
+
+
+def _split_stages(
+    values: dict[str, Any], places: dict[Key, str]
+) -> tuple[list[tuple[dict[str, Any], dict[Key, str]]], list[str]]:
+    """Each stage's values and where they stand, and the names of all; of a file without stages the
+    whole of it."""
+    if "stages" not in values:
+        return [(values, places)], [""]
+    where = places["stages",]
+    stages = values.pop("stages")
+    if not isinstance(stages, list) or not stages:
+        hint = "stages: is a list; each entry has a name, and sections that differ"
+        raise ConfigError("`stages` should be a list", where=where, hint=hint)
+    whole: list[tuple[dict[str, Any], dict[Key, str]]] = []
+    names: list[str] = []
+    for number, stage in enumerate(cast(list[object], stages)):
+        here = places.get(("stages", str(number)), where)
+        if not isinstance(stage, dict) or not re.fullmatch(r"[\w-]+", str(stage.get("name", ""))):  # pyright: ignore
+            hint = "give it a name of letters, digits, - and _"
+            raise ConfigError("a stage needs a `name`", where=here, hint=hint)
+        changes = dict(cast(dict[str, Any], stage))
+        names.append(str(changes.pop("name")))
+        prefix = ("stages", str(number))
+        own = {key[2:]: place for key, place in places.items() if key[:2] == prefix and key[2:]}
+        whole.append((_laid_over(values, changes), {**places, **own}))
+    if len(set(names)) < len(names):
+        raise ConfigError("two stages have the same name", where=where, hint="rename one")
+    return whole, names
+
+
+def _laid_over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Section by section; an objective is replaced as a whole."""
+    result = copy.deepcopy(values)
+    for section, inner in changes.items():
+        if isinstance(inner, dict) and isinstance(result.get(section), dict):
+            kept = {} if section == "objective" else result[section]
+            result[section] = {**kept, **inner}
+        else:
+            result[section] = inner
+    return result
+
+
+def _validated(values: dict[str, Any], places: dict[Key, str], path: Path) -> Config:
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values)
     except ValidationError as error:
         # An unknown key explains a missing one.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise _explain(errors[0], places, str(path)) from None
-    return _resolve_paths(config, path.resolve().parent)
+
+
+def _chained(configs: list[Config], names: list[str]) -> list[Config]:
+    """Each stage in a folder of its own, going on with the adapter of the one before."""
+    result: list[Config] = []
+    for config, name in zip(configs, names, strict=True):
+        adapter, output = config.adapter, config.output
+        if result:
+            start = str(Path(result[-1].output.dir).absolute())
+            adapter = adapter.model_copy(update={"init_from": start})
+        if config is not configs[-1]:
+            output = output.model_copy(update={"dir": str(Path(output.dir) / "stages" / name)})
+        result.append(config.model_copy(update={"adapter": adapter, "output": output}))
+    return result
 
 
 def dump_config(config: Config) -> str:
@@ -74,12 +168,17 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         changes["memories"] = data.memories.model_copy(update={"path": path})
     if data.card is not None:
         changes |= {"system": _read_card(data, folder), "card": None}
+    adapter = config.adapter
+    if adapter.init_from is not None:
+        start = str((folder / Path(adapter.init_from).expanduser()).resolve())
+        adapter = adapter.model_copy(update={"init_from": start})
     # The folder of the base is one only if it looks like one; else it is a Hub id.
     base = config.model.base
     if (folder / base).is_dir() or base.startswith((".", "/", "~")):
         base = str((folder / Path(base).expanduser()).resolve())
     return config.model_copy(
         update={
+            "adapter": adapter,
             "data": data.model_copy(update=changes),
             "model": config.model.model_copy(update={"base": base}),
         }
@@ -176,6 +275,10 @@ def _walk(node: yaml.Node, prefix: Key, above: set[int]) -> Iterator[tuple[Key, 
         yield key, key_node.start_mark.line + 1, name in seen
         seen.add(name)
         yield from _walk(value_node, key, above | {id(node)})
+        if key == ("stages",) and isinstance(value_node, yaml.SequenceNode):
+            for number, item in enumerate(value_node.value):
+                yield (*key, str(number)), item.start_mark.line + 1, False
+                yield from _walk(item, (*key, str(number)), above | {id(node)})
 
 
 def _apply_override(values: dict[str, Any], places: dict[Key, str], override: str) -> None:
@@ -201,24 +304,44 @@ def _apply_override(values: dict[str, Any], places: dict[Key, str], override: st
 
 
 def _explain(error: ErrorDetails, places: dict[Key, str], path: str) -> ConfigError:
-    key = tuple(str(part) for part in error["loc"])
+    tag = next((str(part) for part in error["loc"] if part in OBJECTIVE_TYPES), "")
+    key = tuple(str(part) for part in error["loc"] if str(part) != tag)
+    if key[:1] == ("objective",):
+        key = tuple(part for part in key if not part.isdigit())
     # The location of a union's member, or of a list's item, goes deeper than the file does.
     known = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in places), ())
     where = places.get(known, path)
     name = ".".join(known or key)
     if error["type"] == "extra_forbidden":
         unknown = key if len(known) >= len(key) - 1 else (*known, key[-1])
-        hint = _nearest(unknown)
+        hint = f"{tag} has {', '.join(_own_fields(tag))}" if tag else _nearest(unknown)
         return ConfigError(f"unknown key `{'.'.join(unknown)}`", where=where, hint=hint)
     if error["type"] == "missing":
         name = ".".join(key)
         hint = f"add it under `{key[0]}:`" if len(key) > 1 else "add this section"
         return ConfigError(f"`{name}` is missing", where=where, hint=hint)
+    if error["type"].startswith("union_tag"):
+        found = error["input"].get("type")
+        near = difflib.get_close_matches(str(found), OBJECTIVE_TYPES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(OBJECTIVE_TYPES)}"
+        what = f"`objective.type` can't be {found!r}" if found else "`objective.type` is missing"
+        return ConfigError(what, where=places.get((*known, "type"), where), hint=hint)
     found = cast(object, error["input"])
-    hint = error["msg"]
+    hint = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and (not key or key[-1:] == ("objective",)):
+        # Of several fields together: at the one that is named, or else at the objective.
+        named = [tuple(name.split(".")) for name in re.findall(r"\w+(?:\.\w+)+", hint)]
+        places_of = [places[key] for key in [*named, ("objective",)] if key in places]
+        more = "docs/run-file.md says what goes together"
+        return ConfigError(hint, where=places_of[0] if places_of else where, hint=more)
     expected = _expected(known)
     what = f"`{name}` can't be {found!r}" + (f": expected {expected}" if expected else "")
     return ConfigError(what, where=where, hint=hint)
+
+
+def _own_fields(tag: str) -> list[str]:
+    """What an objective of this type has."""
+    return next([*k.model_fields] for k in OBJECTIVES if k.model_fields["type"].default == tag)
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:

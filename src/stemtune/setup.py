@@ -62,8 +62,15 @@ def resolved(config: Config, model: PeftModel, backend: str, budget: int) -> Con
         "device": base.device.type,
         "attention": backend,
     }
+    adapter: dict[str, Any] = {}
+    if config.adapter.init_from is not None:
+        lora: Any = model.peft_config["default"]
+        names = lora.target_modules  # a pattern, or names
+        names = names if isinstance(names, str) else sorted(names)
+        adapter = {"r": lora.r, "alpha": lora.lora_alpha, "target_modules": names}
     return config.model_copy(
         update={
+            "adapter": config.adapter.model_copy(update=adapter),
             "model": config.model.model_copy(update=chosen),
             "train": config.train.model_copy(update={"micro_batch_tokens": budget}),
         }

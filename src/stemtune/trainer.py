@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,21 +12,23 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
-from stemtune import checkpoint
+from stemtune import checkpoint, reference
 from stemtune.config import Config
 from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
-from stemtune.errors import DivergedError, Interrupted, OutOfMemoryError
+from stemtune.errors import DivergedError, Interrupted
+from stemtune.figures import held_out_figures, losses_by_record, preferring
 from stemtune.interrupt import StopRequest
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
-from stemtune.model.adapter import add_adapter, trainable
+from stemtune.model.adapter import add_adapter, require_adapter, trainable
 from stemtune.model.load import fingerprint, load_model, load_tokenizer, require_base
 from stemtune.model.memory import peak_memory
 from stemtune.model.save import save_adapter
-from stemtune.objectives import OBJECTIVES, Objective, layout_of
+from stemtune.objectives import Objective, Totals, layout_of, loss_of, terms_of, totals_of
+from stemtune.objectives.rewards import preference_metrics
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
-from stemtune.plan.pack import pack
+from stemtune.plan.pack import count_distinct
 from stemtune.plan.steps import plan_steps
 from stemtune.resume import (
     refuse_differences,
@@ -35,11 +37,11 @@ from stemtune.resume import (
     training_settings,
     warn_of_other_rounding,
 )
-from stemtune.rundir import RunFolder, write_text
+from stemtune.rundir import RunFolder, read_info, write_text
 from stemtune.runfile import dump_config
-from stemtune.score import autocast, record_losses
+from stemtune.score import Scorer, autocast
 from stemtune.setup import checked_backend, micro_batch_tokens, resolved
-from stemtune.tree.build import Tree, build_tree
+from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import target_logprobs
 from stemtune.tree.sequence import Sequence
 
@@ -56,6 +58,40 @@ class Result:
     """The last step's metrics, and the last evaluation's."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step, or a micro-batch of it, is run with.
+
+    Attributes:
+        totals: of the whole step: what its losses are divided by.
+        references: for each sequence the reference's log-probabilities.
+        baseline: KTO's, of the whole step.
+    """
+
+    sequences: list[Sequence]
+    totals: Totals
+    references: list[Tensor] | None
+    baseline: Tensor | None
+
+    def of(self, batch: list[int]) -> "Step":
+        """A micro-batch."""
+        theirs = self.references
+        return replace(
+            self,
+            sequences=[self.sequences[index] for index in batch],
+            references=None if theirs is None else [theirs[index] for index in batch],
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to: its mean loss, the tokens that were computed, and what is told of it."""
+
+    loss: float
+    distinct: int
+    told: Metrics
+
+
 @dataclass
 class Progress:
     """Where a run is: all that a resumed run must know besides weights and optimizer."""
@@ -67,7 +103,7 @@ class Progress:
 
 
 def train(
-    config: Config,
+    config: Config | Seq[Config],
     *,
     resume: bool = False,
     objective: Objective | None = None,
@@ -76,15 +112,33 @@ def train(
     """Train an adapter as a run file says.
 
     Args:
-        config: from `load_config`.
-        resume: go on from the newest checkpoint of `config.output.dir`.
+        config: from `load_config`; or several, from `load_stages`, one after another.
+        resume: go on from the newest checkpoint of `config.output.dir`; of several stages, those
+            that are done are not done again.
         objective: instead of the configured one; see `stemtune.objectives.Objective`.
         surveyed: what `survey` found for this config, if it has been called already.
 
     Raises:
         StemtuneError: one of its kinds, each with an exit code.
     """
-    return Trainer(config, resume=resume, objective=objective, surveyed=surveyed).train()
+    if isinstance(config, Config):
+        return Trainer(config, resume=resume, objective=objective, surveyed=surveyed).train()
+    stages = list(config)
+    for stage in stages[1:]:  # what is wrong with a later stage's data is said before the first
+        tokenizer = load_tokenizer(stage.model)
+        prepare(survey(stage.data, stage.train.seed), tokenizer, stage.data, answers=stage.answers)
+    result: Result | None = None
+    for number, stage in enumerate(stages, 1):
+        folder = Path(stage.output.dir).absolute()
+        state = read_info(folder).get("state") if resume else None
+        if state == "done" and number < len(stages):
+            log.info("stage %d of %d is done", number, len(stages))
+            continue
+        log.info("stage %d of %d: %s", number, len(stages), stage.output.dir)
+        begun = state is not None and bool(checkpoint.steps(folder / "checkpoints"))
+        result = Trainer(stage, resume=begun).train()
+    assert result is not None, "there is at least one stage"
+    return result
 
 
 class Trainer:
@@ -103,21 +157,24 @@ class Trainer:
         surveyed: Survey | None = None,
     ) -> None:
         self.config = config
-        self.objective = objective or OBJECTIVES[config.objective.type]
+        self.terms = terms_of(config.objective, objective)
         self.progress = Progress()
         self.folder = RunFolder(Path(config.output.dir).absolute())
         self.stop = StopRequest()
+        self.stored: reference.StoredReference | None = None
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
+        self.start = require_adapter(config.adapter, config.model)
         require_trackers(config.tracking)
         self.folder.claim(resume)
         try:
             with self.folder.phase("preparing data"):
                 saved = self._saved(resume)
                 self.tokenizer = load_tokenizer(config.model)
-                self.data = prepare(surveyed, self.tokenizer, config.data)
+                self.data = prepare(surveyed, self.tokenizer, config.data, answers=config.answers)
                 if saved is not None:
-                    refuse_differences(saved.state, config, self.data.fingerprint)
+                    facts = {"the data": self.data.fingerprint, "adapter.init_from": self.start}
+                    refuse_differences(saved.state, config, facts)
                     warn_of_other_rounding(saved.state)
                 self.plan = self._plan()
             with self.folder.phase("loading the model"):
@@ -166,27 +223,32 @@ class Trainer:
             log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(self.folder.path / "tensorboard")),
         )
-        self.model = add_adapter(base, config.adapter, config.train.seed)
+        self.model = add_adapter(
+            base,
+            config.adapter,
+            config.train.seed,
+            keep_start=any(one.has_reference for one in config.objective),
+        )
         if config.train.activation_checkpointing:
             base.activation_checkpointing_enable()
         self.parameters = trainable(self.model)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config.train))
         if saved is None:
-            sequences = self._sequences(self.plan[0], self.data.train)
-            self.backend = checked_backend(self.model, config.model.attention, sequences)
+            sequences = self.data.train.of(self.plan[0])
+            backend = checked_backend(self.model, config.model.attention, sequences)
         else:
-            self.backend = saved.state["backend"]
-        self.budget = self._budget(saved)
-        self.resolved = resolved(config, self.model, self.backend, self.budget)
+            backend = saved.state["backend"]
+        self.scorer = Scorer(self.model, config, backend, self._budget(saved, backend))
+        self.resolved = resolved(config, self.model, backend, self.scorer.budget)
         if saved is not None:
             self._restore(saved)
 
-    def _budget(self, saved: checkpoint.Checkpoint | None) -> int:
+    def _budget(self, saved: checkpoint.Checkpoint | None, backend: str) -> int:
         wanted = self.config.train.micro_batch_tokens
         if saved is not None and wanted == "auto":
             return saved.state["budget"]  # other micro-batches would draw other dropout
         longest = self.data.train.longest()
-        return micro_batch_tokens(self.model, wanted, longest, self.backend)
+        return micro_batch_tokens(self.model, wanted, longest, backend)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
@@ -224,15 +286,15 @@ class Trainer:
         self.metrics_file = MetricsFile(self.folder.path / "metrics.jsonl", start)
         self.accelerator.init_trackers(self.config.tracking.project)
         console = ConsoleProgress(total, start)
+        if reference.wants_stored(self.config.objective):
+            with self.folder.phase("computing the reference"):
+                self.stored = self._reference()
+            self.folder.write(phase="training")
         if start == 0:
             self._evaluate_and_log()
         with console.bar:
             while self.progress.step < total:
-                if self.stop.requested:
-                    self._commit()
-                    what = f"stopped at step {self.progress.step} of {total}; it is saved"
-                    hint = "the same command with --resume goes on"
-                    raise Interrupted(what, where=str(self.folder.path), hint=hint)
+                self._stop_if_asked()
                 line = self._step(self.plan[self.progress.step])
                 self._log(line)
                 console.step(line)
@@ -246,16 +308,37 @@ class Trainer:
     def _eval_steps(self) -> int:
         return self.config.train.eval_steps or self._steps_per_epoch
 
+    def _stop_if_asked(self) -> None:
+        if self.stop.requested:
+            self._commit()
+            what = f"stopped at step {self.progress.step} of {len(self.plan)}; it is saved"
+            hint = "the same command with --resume goes on"
+            raise Interrupted(what, where=str(self.folder.path), hint=hint)
+
+    def _reference(self) -> reference.StoredReference:
+        path = self.folder.path / reference.FILE
+        key = reference.key_of(self.base_fingerprint, self.start, self.data.fingerprint)
+        return reference.load_or_compute(
+            path, key, self.data, self.plan, self.scorer, self._stop_if_asked
+        )
+
+    def _references(self, part: Part, records: Seq[int]) -> list[Tensor] | None:
+        """For each sequence the reference's log-probabilities; None where no objective has one."""
+        if self.stored is None:
+            return self.scorer.reference(part.of(records))
+        return self.stored.of(part, records)
+
     def _step(self, records: Seq[int]) -> Metrics:
         """One optimizer step over exactly these records."""
         started = time.perf_counter()
-        sequences = self._sequences(records, self.data.train)
-        step_weight = sum(sequence.weight * sequence.num_targets for sequence in sequences)
+        step = self._gather(records)
+        sequences = step.sequences
         rate = learning_rate(self.progress.step, len(self.plan), self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, distinct = self._accumulate(sequences, step_weight)
+        outcome = self._accumulate(step)
         norm = self._clip()
+        loss, distinct = outcome.loss, outcome.distinct
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             self._diverged(records, loss, norm)
         self.optimizer.step()
@@ -267,6 +350,7 @@ class Trainer:
             "step": self.progress.step,
             "epoch": round(self.progress.step / self._steps_per_epoch, 4),
             "loss": loss,
+            **outcome.told,
             "lr": rate,
             "grad_norm": norm,
             "records": len(records),
@@ -280,60 +364,80 @@ class Trainer:
             "memory": peak_memory(self.device),
         }
 
-    def _accumulate(self, sequences: list[Sequence], step_weight: float) -> tuple[float, int]:
-        """The step's gradient, micro-batch by micro-batch: its mean loss, and the tokens that were
-        computed. Out of memory, the whole step is done again in smaller micro-batches."""
+    def _gather(self, records: Seq[int]) -> Step:
+        """What a step needs besides the trained model: known before any of it is run."""
+        part = self.data.train
+        sequences = part.of(records)
+        return Step(
+            sequences,
+            totals_of(sequences),
+            self._references(part, records),
+            self.scorer.baseline(sequences),
+        )
+
+    def _accumulate(self, step: Step) -> Outcome:
+        """The step's gradient, micro-batch by micro-batch. Out of memory, the whole step is done
+        again in smaller micro-batches."""
         while True:
             # One seed a step: its dropout depends on neither what ran before nor a resume.
             torch.manual_seed(self.config.train.seed * 1_000_003 + self.progress.step)
-            batches = pack(sequences, self.budget, shared=self.backend != "padded")[0]
             try:
-                return self._run_micro_batches(sequences, batches, step_weight)
+                return self._run_micro_batches(step)
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad()
-                longest = max(len(sequence) for sequence in sequences)
-                self._halve_budget(all(len(batch) == 1 for batch in batches), longest)
+                self.scorer.halve_budget(step.sequences)
 
-    def _halve_budget(self, single: bool, longest: int) -> None:
-        if single:
-            what = f"out of memory with a single sequence of at most {longest} tokens"
-            hint = "set train.activation_checkpointing: true, or lower data.max_length"
-            raise OutOfMemoryError(what, where="train", hint=hint) from None
-        torch.cuda.empty_cache()
-        self.budget //= 2
-        log.warning("out of memory: micro-batches of %d tokens from now on", self.budget)
-
-    def _run_micro_batches(
-        self, sequences: list[Sequence], batches: list[list[int]], step_weight: float
-    ) -> tuple[float, int]:
+    def _run_micro_batches(self, step: Step) -> Outcome:
         self.model.train()
         total, distinct = 0.0, 0
-        for batch in batches:
-            tree = build_tree([sequences[index] for index in batch])
-            loss = self.compute_loss(tree, step_weight)
-            assert isinstance(loss, Tensor)
+        told: Metrics = {}
+        logps: list[Tensor] = [torch.empty(0)] * len(step.sequences)
+        for batch in self.scorer.micro_batches(step.sequences):
+            part = step.of(batch)
+            loss, found, more = self._loss(part)
             if loss.requires_grad:
                 self.accelerator.backward(loss)
             total += float(loss.detach())
-            distinct += tree.num_tokens if self.backend == "padded" else tree.num_distinct
-        return total, distinct
+            for name, value in more.items():
+                told[name] = told.get(name, 0.0) + float(value)
+            counts = [sequence.num_targets for sequence in part.sequences]
+            for index, mine in zip(batch, found.detach().cpu().split(counts), strict=True):
+                logps[index] = mine
+            shared = self.scorer.backend != "padded"
+            tokens = sum(len(sequence) for sequence in part.sequences)
+            distinct += count_distinct(part.sequences) if shared else tokens
+        if self.scorer.compares:
+            layout = layout_of(step.sequences)
+            theirs = None if step.references is None else torch.cat(step.references)
+            told |= preference_metrics(
+                torch.cat(logps), theirs, layout, preferring(self.terms).config
+            )
+        return Outcome(total, distinct, told)
 
     def compute_loss(
-        self, tree: Tree, step_weight: float, return_outputs: bool = False
+        self, sequences: Seq[Sequence], totals: Totals, return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """A tree's share of the step's mean loss.
+        """What some sequences of a step add to its loss.
 
         Args:
-            tree: a micro-batch.
-            step_weight: total weight of the step's targets.
+            sequences: a micro-batch; where answers are compared, all of a record; for KTO, whose
+                baseline is that of a whole step, all of a step.
+            totals: of the step: `totals_of` its sequences.
             return_outputs: also return the log-probabilities, fp32 [T].
         """
-        with autocast(self.model):
-            logps = target_logprobs(self.model, tree, self.backend)
-        layout = layout_of(tree.target_sequence, tree.target_weight, logps.device)
-        loss_sum, _ = self.objective(logps, None, layout, self.config.objective)
-        loss = loss_sum / step_weight
+        references, baseline = self.scorer.reference(sequences), self.scorer.baseline(sequences)
+        part = Step(list(sequences), totals, references, baseline)
+        loss, logps, _ = self._loss(part)
         return (loss, logps) if return_outputs else loss
+
+    def _loss(self, step: Step) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tree = build_tree(step.sequences)
+        with autocast(self.model):
+            logps = target_logprobs(self.model, tree, self.scorer.backend)
+        layout = layout_of(step.sequences, logps.device, step.baseline)
+        theirs = None if step.references is None else torch.cat(step.references).to(logps.device)
+        loss, told = loss_of(self.terms, logps, theirs, layout, step.totals)
+        return loss, logps, told
 
     def _clip(self) -> float | None:
         """Scale the gradients down to the largest norm allowed; their norm before that."""
@@ -352,29 +456,24 @@ class Trainer:
     # -- evaluation ---------------------------------------------------------------------------
 
     def evaluate(self, prefix: str = "eval") -> Metrics:
-        """Mean loss over the targets of the held-out records, without dropout.
+        """Score the held-out records, without dropout.
 
         Returns:
-            `{prefix}_loss`, `{prefix}_perplexity`, `{prefix}_targets`; empty without such records.
+            `{prefix}_loss` and the other names of `supervised_figures` or `preference_figures`;
+            empty without such records.
         """
-        losses = [loss for record in self.record_losses(self.data.eval) for loss in record]
-        if not losses:
+        part = self.data.eval
+        if not len(part):
             return {}
-        mean = math.fsum(losses) / len(losses)
-        return {
-            f"{prefix}_loss": mean,
-            f"{prefix}_perplexity": math.exp(min(mean, 700.0)),
-            f"{prefix}_targets": len(losses),
-        }
+        has = self.scorer.has_reference
+        references = self._references(part, range(len(part))) if has else None
+        logps = self.scorer.part_logps(part)
+        figures = held_out_figures(part, self.scorer, self.terms, logps, references)
+        return {f"{prefix}_{name}": value for name, value in figures.items()}
 
     def record_losses(self, part: Part) -> list[list[float]]:
         """For each record the loss of each of its targets."""
-        while True:
-            try:
-                return record_losses(self.model, part, self.budget, self.backend)
-            except torch.OutOfMemoryError:
-                longest = len(part.longest())
-                self._halve_budget(self.budget <= longest, longest)
+        return losses_by_record(part, self.scorer.part_logps(part))
 
     def _evaluate_and_log(self) -> None:
         with self.folder.phase("evaluating"):
@@ -404,11 +503,11 @@ class Trainer:
         state = {
             "progress": self.progress.__dict__,
             "dtype": self.resolved.model.dtype,
-            "backend": self.backend,
+            "backend": self.scorer.backend,
             "wanted": {key: getattr(self.config.model, key) for key in ("dtype", "attention")},
-            "budget": self.budget,
+            "budget": self.scorer.budget,
             "base": self.base_fingerprint,
-            "fingerprint": self.data.fingerprint,
+            "facts": {"the data": self.data.fingerprint, "adapter.init_from": self.start},
             "settings": training_settings(self.config),
             "rounding": rounding(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
@@ -459,7 +558,7 @@ class Trainer:
         ledger = self.data.ledger
         self.folder.write(
             fingerprint=self.data.fingerprint,
-            attention=self.backend,
+            attention=self.scorer.backend,
             steps=len(self.plan),
             ledger={
                 "rows": ledger.rows,
@@ -477,7 +576,3 @@ class Trainer:
     @property
     def _steps_per_epoch(self) -> int:
         return math.ceil(len(self.data.train) / self.config.train.batch_size)
-
-    def _sequences(self, records: Seq[int], part: Part) -> list[Sequence]:
-        sequences = part.sequences
-        return [sequence for record in records for sequence in sequences[record]]

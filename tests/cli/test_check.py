@@ -116,7 +116,8 @@ def test_samples_say_which_text_is_trained(folder: Path) -> None:
         f"{folder / 'rows.jsonl'}:{line}" for line in (1, 2, 4)
     ]
     for sample, (prompt, answer) in zip(samples, texts(), strict=True):
-        (pieces,) = sample["sequences"]
+        pieces = sample["pieces"]
+        assert sample["role"] == "answer"
         assert "".join(piece["text"] for piece in pieces if not piece["trained"]) == prompt
         assert "".join(piece["text"] for piece in pieces if piece["trained"]) == answer
         special = {piece["text"] for piece in pieces if piece["special"]}

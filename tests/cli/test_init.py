@@ -57,5 +57,5 @@ def test_the_start_passes_its_check(tmp_path: Path) -> None:
     assert found["train_records"] + found["eval_records"] == len(lines)
     assert 1 <= found["eval_records"] <= len(lines) / 5  # a tenth, as the draw has it
     assert found["length"]["max"] <= 1024
-    assert found["samples"][0]["sequences"][0][1]["text"].startswith("system\nYou are Hamlet")
+    assert found["samples"][0]["pieces"][1]["text"].startswith("system\nYou are Hamlet")
     assert [path.name for path in tmp_path.iterdir() if path.name != "run.yaml"] == ["hamlet.jsonl"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import stemtune as st
 from stemtune import checkpoint, cli
@@ -138,7 +139,10 @@ def test_diverged(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(OBJECTIVES, "sft", lambda logps, *_: ((logps * float("nan")).sum(), {}))
+    def nan(logps: Tensor, *_: Any) -> Any:
+        return (logps * float("nan")).sum(), {}
+
+    monkeypatch.setitem(OBJECTIVES, "sft", (nan, "targets"))
     assert stemtune("train", write_run_file(tmp_path, tiny_base), *SHORT) == 4
     assert "rows.jsonl:" in capsys.readouterr().err
 
@@ -156,7 +160,9 @@ def test_a_signal_stops_after_the_step(
     number: signal.Signals,
 ) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setitem(OBJECTIVES, "sft", Spy(3, lambda: os.kill(os.getpid(), number)))
+    monkeypatch.setitem(
+        OBJECTIVES, "sft", (Spy(3, lambda: os.kill(os.getpid(), number)), "targets")
+    )
     assert stemtune("train", write_run_file(tmp_path, tiny_base), *SHORT) == 75
     said = capsys.readouterr().err
     assert f"{number.name}: stopping after this step" in said
@@ -178,7 +184,7 @@ def test_a_second_signal_stops_at_once(
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setitem(OBJECTIVES, "sft", Spy(3, twice))
+    monkeypatch.setitem(OBJECTIVES, "sft", (Spy(3, twice), "targets"))
     run_file = write_run_file(tmp_path, tiny_base)
     assert stemtune("train", run_file, *SHORT, "train.save_steps=1") == 130
     assert "Traceback" not in capsys.readouterr().err

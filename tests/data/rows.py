@@ -28,9 +28,9 @@ def data_of(path: Path, **settings: Any) -> Data:
 
 def prepared_of(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Prepared:
     """Everything."""
-    preferences = settings.pop("preferences", False)
+    answers = settings.pop("answers", "best")
     data = data_of(path, **settings)
-    return prepare(survey(data, 0), tokenizer, data, preferences=preferences)
+    return prepare(survey(data, 0), tokenizer, data, answers=answers)
 
 
 def records_in(found: Survey, data: Data) -> list[Record]:

@@ -516,10 +516,10 @@ def test_chosen_and_rejected_that_a_template_makes_the_same(tmp_path: Path) -> N
         {"prompt": "q", "chosen": "virtue", "rejected": "vice"},
     )
     with pytest.raises(DataError, match="the same, token by token") as caught:
-        prepared_of(path, tokenizer, preferences=True)
+        prepared_of(path, tokenizer, answers="pairs")
     assert caught.value.where == f"{path}:1 (byte 0)"
     assert caught.value.hint
-    prepared = prepared_of(path, tokenizer, preferences=True, on_bad_row="skip")
+    prepared = prepared_of(path, tokenizer, answers="pairs", on_bad_row="skip")
     assert len(prepared.train) == 1
     assert prepared.ledger.num_refused == 1
 

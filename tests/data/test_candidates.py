@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stemtune.config import Data, Pairs
-from stemtune.data.candidates import ranked_pairs, reference_scores, rouge_l
+from stemtune.data.candidates import ranked_pairs, reference_scores
 from stemtune.data.formats import to_records
+from stemtune.data.overlap import rouge_l
 from stemtune.data.records import Place, Preference
 from stemtune.errors import DataError
 from tests.data.rows import prepared_of, write_rows
@@ -66,8 +67,8 @@ def test_modes_and_margins(mode: str, margin: float, expected: set[str]) -> None
     record = preference(row_of(*SCORED), mode=mode, margin=margin)
     assert {a + b for a, b in named_pairs(record)} == expected
     assert len(record.pairs) == len(expected)
-    texts = [answer.content for answer in record.answers]
-    assert dict(zip(texts, record.scores, strict=True)).items() <= dict(SCORED).items()
+    everything = {a + b for a, _ in SCORED for b, _ in SCORED if a < b}
+    assert record.is_ranking == (expected in ({"AD"}, everything))
 
 
 def test_scores_that_differ_by_the_margin_are_tied() -> None:
@@ -172,7 +173,7 @@ def test_an_answer_without_a_pair_is_not_rejected(
     path = write_rows(tmp_path / "rows.jsonl", row_of(*SCORED))
     tokenizer = tiny_tokenizer()
     pairs = {"mode": mode, "margin": margin}
-    prepared = prepared_of(path, tokenizer, pairs=pairs, preferences=True)
+    prepared = prepared_of(path, tokenizer, pairs=pairs, answers="pairs")
     found = {
         str(tokenizer.decode(s.input_ids[s.is_target])).removesuffix("<|im_end|>"): s.role
         for s in prepared.train.flat

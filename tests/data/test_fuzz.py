@@ -69,6 +69,10 @@ GOOD: dict[str, list[Row]] = {
             "history": [["q", "a"]],
         }
     ],
+    "labelled": [
+        {"prompt": "Q", "completion": "A", "label": True},
+        {"prompt": "Q", "completion": "B", "label": False},
+    ],
     "prompt_completion": [
         {"prompt": "Q", "completion": "A"},
         {
@@ -287,7 +291,8 @@ def check_records(records: list[Record]) -> None:
                 assert any(m.role == "user" and m.content.strip() for m in opening[:turn])
         else:
             assert isinstance(record, Preference)
-            assert record.pairs and any(m.role == "user" for m in record.prompt)
+            assert bool(record.pairs) == (record.label is None)
+            assert any(m.role == "user" for m in record.prompt)
             for better, worse in record.pairs:
                 one, other = record.answers[better], record.answers[worse]
                 assert speaks(one) and speaks(other)
@@ -295,7 +300,7 @@ def check_records(records: list[Record]) -> None:
                     other.content.strip(),
                     other.tool_calls,
                 )
-            assert any(better == record.best for better, _ in record.pairs)
+            assert any(better == record.best for better, _ in record.pairs) == bool(record.pairs)
         for message in opening:
             message.content.encode()
             json.dumps(message.to_template(), ensure_ascii=False, allow_nan=False).encode()
@@ -394,11 +399,11 @@ def test_deep_rows(depth: int, opened: str) -> None:
 def whole_file(path: Path, **settings: Any) -> str:
     """Read, audited, grouped, split and rendered; refused rows are counted."""
     tokenizer = tokenizer_of("qwen3")
-    preferences = settings.pop("preferences", False)
+    answers = settings.pop("answers", "best")
     data = Data(path=str(path), on_bad_row="skip", max_length=100_000, **settings)
     try:
         found = survey(data, 0)
-        prepared = prepare(found, tokenizer, data, preferences=preferences)
+        prepared = prepare(found, tokenizer, data, answers=answers)
     except DataError as error:
         check_complaint(error)
         return "refused"
@@ -428,7 +433,10 @@ def test_jsonl_files(tmp_path: Path, number: int) -> None:
     for seed in range(3):
         draw = random.Random(f"{number} {seed}")
         path.write_bytes(b"\n".join(lines_of(draw, 60)))
-        assert whole_file(path, **SETTINGS[number], preferences=seed == 1) in ("read", "refused")
+        assert whole_file(path, **SETTINGS[number], answers="pairs" if seed == 1 else "best") in (
+            "read",
+            "refused",
+        )
         if number < 6:
             assert whole_file(path, **SETTINGS[number]) == "read"
 

@@ -40,7 +40,10 @@ def test_golden(case: str, tmp_path: Path) -> None:
     run_file.write_text(yaml.safe_dump({"data": data_section}, allow_unicode=True))
     data: Data = load_config(run_file).data
     tokenizer = tokenizer_of("qwen3")
-    prepared = prepare(survey(data, 0), tokenizer, data, preferences=True)
+    found = survey(data, 0)
+    compared = any(name.endswith(("preference", "candidates")) for name in found.ledger.formats)
+    answers = "pairs" if compared else "best"
+    prepared = prepare(found, tokenizer, data, answers=answers)
     lines = [f"formats: {prepared.ledger.formats}"]
     lines += [f"note: {note}" for note in prepared.ledger.notes]
     lines += [f"{kind}: {f.count}" for kind, f in sorted(prepared.ledger.findings.items())]

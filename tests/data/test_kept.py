@@ -23,7 +23,7 @@ from hypothesis import strategies as some
 from transformers import PreTrainedTokenizerBase
 
 import stemtune as st
-from stemtune.config import Data
+from stemtune.config import Answers, Data
 from stemtune.data import kept, parallel
 from stemtune.data.parallel import map_chunks
 from stemtune.data.prepare import Prepared, prepare
@@ -83,8 +83,8 @@ def write_all(folder: Path) -> Data:
     return data_of(path, **SETTINGS)
 
 
-def make(data: Data, seed: int = 0, preferences: bool = True) -> Prepared:
-    return prepare(survey(data, seed), tiny_tokenizer(), data, preferences=preferences)
+def make(data: Data, seed: int = 0, answers: Answers = "best") -> Prepared:
+    return prepare(survey(data, seed), tiny_tokenizer(), data, answers=answers)
 
 
 def shown(sequence: st.Sequence) -> tuple[Any, ...]:
@@ -345,7 +345,7 @@ def test_preferences_and_memories_render_anew(tmp_path: Path, cache: Path) -> No
     memories = {"path": str(told), "count": 1}
     path = write_rows(tmp_path / "rows.jsonl", *rows_of_all_kinds(8))
     data = data_of(path, **{**SETTINGS, "samples": "turn", "memories": memories})
-    seen = [make(data, preferences=preferences) for preferences in (True, False)]
+    seen = [make(data, answers=answers) for answers in ("pairs", "best")]
     told.write_text("No question can be asked.\n")
     seen.append(make(data))
     assert len({one.fingerprint for one in seen}) == 3
@@ -723,7 +723,7 @@ def test_a_store_gives_what_was_written(
 
 
 def test_a_part_is_a_sequence_of_its_records(tmp_path: Path, cache: Path) -> None:
-    part = make(write_all(tmp_path)).train
+    part = make(write_all(tmp_path), answers="pairs").train
     every = [[shown(sequence) for sequence in part.sequences[i]] for i in range(len(part))]
     assert any(len(sequences) == 2 for sequences in every)  # of preferences
     assert all({s[2] for s in sequences} == {i} for i, sequences in enumerate(every))

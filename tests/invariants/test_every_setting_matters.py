@@ -16,12 +16,13 @@ from torch import Tensor
 
 import stemtune as st
 from stemtune import checkpoint
-from stemtune.config import Config, Data, Section, Source
+from stemtune.config import OBJECTIVES, Config, Data, Section, Source
 from stemtune.data.prepare import prepare
 from stemtune.data.survey import survey
 from stemtune.errors import ModelError
 from stemtune.evaluate import evaluate_run
 from stemtune.model.load import load_tokenizer
+from stemtune.objectives import totals_of
 from stemtune.report.summary import summarise
 from stemtune.runfile import sections_in
 from tests.runs import (
@@ -97,6 +98,25 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return read
 
 
+def train_on_preferences(folder: Path, base: Path) -> None:
+    """A step with each objective, the first run's adapter going on in the second."""
+    words = ["sea", "lamp", "rope", "gull"]
+    rows = [{"prompt": f"{w}?", "chosen": f"the {w}", "rejected": f"no {w}"} for w in words]
+    kinds = [kind.model_fields["type"].default for kind in OBJECTIVES]
+    for number, kind in enumerate(kinds):
+        more = {
+            "dpo": "label_smoothing: 0.1, robust: true, divergence: alpha, divergence_alpha: 0.5"
+        }
+        overrides = [*SHORT, f"objective={{type: {kind}, {more.get(kind, '')}}}"]
+        if kind == "plackett_luce":
+            overrides.append("data.pairs.mode=all")
+        if number:
+            overrides.append(f"adapter.init_from={folder / 'preferred-0' / 'run'}")
+        here = folder / f"preferred-{number}"
+        write_run_file(here, base, rows)
+        st.train(st.load_config(here / "run.yaml", [*overrides, f"output.dir={here / 'run'}"]))
+
+
 def test_every_field_is_read(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +147,7 @@ def test_every_field_is_read(
     ranked.write_text(json.dumps(chosen) + "\n")
     config = st.load_config(run_file, [f"data.path={ranked}", "data.memories=null"])
     prepare(survey(config.data, 0), load_tokenizer(config.model), config.data)
+    train_on_preferences(tmp_path, tiny_base)
     with pytest.raises(ModelError, match="can't load 'train' of the dataset"):
         survey(Data(path=Source(path="nobody/nothing")), 0)
     survey(Data(path=str(ranked), eval_path=str(ranked), allow_leaks=True), 0)
@@ -250,7 +271,7 @@ def kept_bytes(trainer: st.Trainer) -> int:
     sequences = [s for record in trainer.plan[0] for s in trainer.data.train.sequences[record]]
     trainer.model.train()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = trainer.compute_loss(st.build_tree(sequences), 1.0)
+        loss = trainer.compute_loss(sequences, totals_of(sequences))
     del loss
     return sum(kept.values())
 

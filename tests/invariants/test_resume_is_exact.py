@@ -15,6 +15,7 @@ import stemtune as st
 from stemtune import checkpoint
 from stemtune.errors import Interrupted
 from stemtune.model import memory
+from stemtune.objectives import terms_of
 from tests.runs import (
     IGNORED,
     Spy,
@@ -96,7 +97,7 @@ def test_a_stop_between_steps(tmp_path: Path, tiny_base: Path, whole: Any, step:
     def stop() -> None:
         trainer.stop.requested = True
 
-    trainer.objective = Spy(step, stop)
+    trainer.terms = terms_of(trainer.config.objective, Spy(step, stop))
     trainer.stop.requested = step == 0
     with pytest.raises(Interrupted) as raised:
         trainer.train()

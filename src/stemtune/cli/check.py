@@ -1,6 +1,7 @@
 """`stemtune check`: what a run would train on, before any weights are loaded."""
 
 import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -8,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stemtune.cli.common import Json, Overrides, RunFile, log_to_stderr, out
-from stemtune.config import Data
+from stemtune.config import Answers, Config, Data
 from stemtune.errors import DataError, printable
-from stemtune.runfile import load_config
+from stemtune.runfile import load_stages
 
 if TYPE_CHECKING:
     from stemtune.data.prepare import Prepared
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 KINDS_SHOWN, PLACES_SHOWN = 40, 3
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A sequence as text."""
+
+    place: str
+    role: str
+    pieces: "list[Piece]"
+
+
 def check(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -28,8 +38,15 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Show what a run would train on: rows, faults, lengths, sharing, and trained tokens marked."""
-    config = load_config(run_file, overrides)
+    stages = load_stages(run_file, overrides)
     log_to_stderr()
+    for number, config in enumerate(stages, 1):
+        if len(stages) > 1 and not as_json:
+            out.print(f"\n[bold]stage {number} of {len(stages)}[/bold]")
+        _check(config, show, as_json)
+
+
+def _check(config: Config, show: int, as_json: bool) -> None:
     # All that is wrong is gathered; the first fault would stop a run.
     settings = config.data.model_copy(update={"on_bad_row": "skip"})
     strict = config.data.on_bad_row == "error"
@@ -45,7 +62,7 @@ def check(
 
     require_base(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = prepare(surveyed, tokenizer, settings, gather=True)
+    data = prepare(surveyed, tokenizer, settings, answers=config.answers, gather=True)
     too_long = config.data.on_too_long != "drop"
     fatal = Ledger(rows=data.ledger.rows)
     for refusal in data.ledger.refused:
@@ -55,22 +72,22 @@ def check(
         fatal.kinds = {kind: data.ledger.kinds[kind] for kind in fatal.kinds}
         fatal.num_refused = sum(fatal.kinds.values())
         _stop(fatal, as_json)
-    summary = summarise(data, config, _elsewhere(surveyed, tokenizer, settings))
+    summary = summarise(data, config, _elsewhere(surveyed, tokenizer, settings, config.answers))
     shown = [
-        (str(data.train.place(number)), [pieces(sequence, tokenizer) for sequence in sequences])
+        Shown(str(data.train.place(number)), sequence.role, pieces(sequence, tokenizer))
         for number, sequences in enumerate(data.train.sequences[:show])
+        for sequence in sequences
     ]
     if as_json:
-        samples = [
-            {"place": place, "sequences": [[vars(p) for p in sequence] for sequence in sequences]}
-            for place, sequences in shown
-        ]
+        samples = [asdict(sequence) for sequence in shown]
         print(json.dumps({**summary.to_json(), "samples": samples}, ensure_ascii=False))
     else:
         _print(summary, data.ledger, shown)
 
 
-def _elsewhere(surveyed: "Survey", tokenizer: Any, settings: Data) -> "dict[str, Prepared]":
+def _elsewhere(
+    surveyed: "Survey", tokenizer: Any, settings: Data, answers: Answers
+) -> "dict[str, Prepared]":
     """The same data with their memories where they are not: what would that share?"""
     from stemtune.data.prepare import prepare
 
@@ -80,7 +97,7 @@ def _elsewhere(surveyed: "Survey", tokenizer: Any, settings: Data) -> "dict[str,
     position = "after_history" if before else "before_history"
     memories = settings.memories.model_copy(update={"position": position})
     moved = settings.model_copy(update={"memories": memories})
-    return {position: prepare(surveyed, tokenizer, moved, gather=True)}
+    return {position: prepare(surveyed, tokenizer, moved, answers=answers, gather=True)}
 
 
 def _stop(ledger: "Ledger", as_json: bool) -> NoReturn:
@@ -98,9 +115,7 @@ def _stop(ledger: "Ledger", as_json: bool) -> NoReturn:
     raise DataError(f"{first.what}{more}", where=first.place, hint=first.hint)
 
 
-def _print(
-    summary: "Summary", ledger: "Ledger", shown: "list[tuple[str, list[list[Piece]]]]"
-) -> None:
+def _print(summary: "Summary", ledger: "Ledger", shown: list["Shown"]) -> None:
     out.print(_table(summary))
     out.print(_histogram(summary))
     _print_refused(ledger)
@@ -108,11 +123,10 @@ def _print(
         _print_trouble(kind, finding["count"], finding["examples"], finding["remedy"])
     for note in summary.notes:
         out.print(f"note: {note}", markup=False)
-    for place, sequences in shown:
-        for number, sequence in enumerate(sequences, 1):
-            of = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
-            out.print(f"\n── {place}{of}", style="bold", markup=False)
-            out.print(_marked(sequence))
+    for sequence in shown:
+        role = "" if sequence.role == "answer" else f", {sequence.role}"
+        out.print(f"\n── {sequence.place}{role}", style="bold", markup=False)
+        out.print(_marked(sequence.pieces))
     if shown:
         out.print("\ntrained tokens stand between ⟦ and ⟧", style="dim")
 

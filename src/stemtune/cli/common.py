@@ -12,7 +12,7 @@ from rich.console import Console
 
 from stemtune.config import Config
 from stemtune.errors import ConfigError
-from stemtune.runfile import load_config
+from stemtune.runfile import load_config, load_stages
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
 Overrides = Annotated[
@@ -54,7 +54,7 @@ def run_folder(run: Path) -> Path:
         ConfigError: there is no run.
     """
     if run.is_file():
-        run = Path(load_config(run).output.dir)
+        run = Path(load_stages(run)[-1].output.dir)
     for folder in (run, run.parent):
         if (folder / "config.yaml").is_file():
             return folder

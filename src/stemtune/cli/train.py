@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from stemtune.cli.common import Overrides, RunFile, log_to_stderr
-from stemtune.runfile import load_config
+from stemtune.runfile import load_stages
 
 
 def train(
@@ -16,13 +16,18 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter as a run file says."""
-    config = load_config(run_file, overrides)
+    stages = load_stages(run_file, overrides)
+    config = stages[-1]
     log_to_stderr()
     from stemtune.data.survey import survey
 
-    surveyed = survey(config.data, config.train.seed)  # its complaints don't wait for torch
+    # Complaints about data don't wait for torch.
+    surveyed = [survey(stage.data, stage.train.seed) for stage in stages]
     from stemtune.trainer import train as run
 
-    result = run(config, resume=resume, surveyed=surveyed)
+    if len(stages) == 1:
+        result = run(config, resume=resume, surveyed=surveyed[0])
+    else:
+        result = run(stages, resume=resume)
     typer.echo(f"next: stemtune chat {config.output.dir}", err=True)
     print(result.adapter_dir)

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence as Seq
 
-from rapidfuzz.distance import LCSseq
-
 from stemtune.config import Pairs
-from stemtune.data.words import words
+from stemtune.data.overlap import rouge_l
 
 
 def ranked_pairs(texts: Seq[str], scores: Seq[float], pairs: Pairs) -> list[tuple[int, int]]:
@@ -34,16 +32,3 @@ def ranked_pairs(texts: Seq[str], scores: Seq[float], pairs: Pairs) -> list[tupl
 def reference_scores(texts: Seq[str], reference: str) -> list[float]:
     """ROUGE-L of each text against the reference."""
     return [rouge_l(text, reference) for text in texts]
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (of characters, where a script has no spaces).
-
-    Source:
-        Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries, with beta = 1.
-    """
-    ours, theirs = words(text), words(reference)
-    if not ours or not theirs:
-        return 0.0
-    common = LCSseq.similarity(ours, theirs)
-    return 2 * common / (len(ours) + len(theirs))

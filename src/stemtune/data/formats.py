@@ -53,7 +53,8 @@ class Parsed:
     """Of a preference."""
     pairs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Which of them is preferred to which."""
-    scores: list[float] = field(default_factory=list[float])
+    label: bool | None = None
+    """Of a single answer: whether it is good."""
     speakers: tuple[str, ...] = ()
     """Who speaks in a dialogue or a play, the character included."""
     may_be_silent: bool = False
@@ -70,6 +71,8 @@ def recognise(row: dict[str, Any], place: Place) -> str:
         if all(any(key in row for key in names) for names in keys):
             return name
     found = excerpt(", ".join(sorted(row))) or "none"
+    if ("chosen" in row) != ("rejected" in row):
+        found += f", without `{'rejected' if 'chosen' in row else 'chosen'}`"
     hint = "a row has `messages`, `dialogue`, `context` and `target`, …; data.fields maps others"
     raise DataError(f"unknown kind of row: its keys are {found}", where=str(place), hint=hint)
 
@@ -140,7 +143,7 @@ def _preference(parsed: Parsed, row: Row) -> Preference:
         prompt=tuple(parsed.messages),
         answers=tuple(parsed.answers),
         pairs=tuple(parsed.pairs),
-        scores=tuple(parsed.scores),
+        label=parsed.label,
         tools=parsed.tools,
         passages=parsed.passages,
     )
@@ -223,6 +226,21 @@ def _from_prompt_completion(row: Row, _data: Data) -> Parsed:
     else:
         answer = [Message("assistant", row.text("completion"))]
     return Parsed([*prompt, *answer], first_trained=len(prompt), tools=_tools(row))
+
+
+def _from_labelled(row: Row, data: Data) -> Parsed:
+    """An answer that is said to be good or bad."""
+    label = row.require("label")
+    if not isinstance(label, bool):
+        hint = "if it means something else, set data.format: prompt_completion"
+        raise row.error(f"`label` is {kind_of(label)}, not true or false", hint)
+    parsed = _from_prompt_completion(row, data)
+    if parsed.messages[-1].role != "assistant" or len(parsed.messages) != parsed.first_trained + 1:
+        hint = "a completion is one answer, the assistant's"
+        raise row.error("only a single answer can be labelled", hint)
+    parsed.answers = [parsed.messages.pop()]
+    parsed.label = label
+    return parsed
 
 
 def _from_dialogue(row: Row, data: Data) -> Parsed:
@@ -324,7 +342,6 @@ def _from_candidates(row: Row, data: Data) -> Parsed:
         passages=passages,
         answers=[Message("assistant", texts[answer]) for answer in used],
         pairs=[(place[better], place[worse]) for better, worse in pairs],
-        scores=[scores[answer] for answer in used],
     )
 
 
@@ -489,6 +506,7 @@ FORMATS: dict[str, tuple[Keys, Callable[[Row, Data], Parsed]]] = {
     "candidates": ((("candidates",),), _from_candidates),
     "rag_preference": ((QUERY, ("chosen",), ("rejected",)), _from_rag_preference),
     "preference": ((("chosen",), ("rejected",)), _from_preference),
+    "labelled": ((("prompt",), ("completion",), ("label",)), _from_labelled),
     "prompt_completion": ((("prompt",), ("completion",)), _from_prompt_completion),
     "messages": ((("messages",),), _from_messages),
     "sharegpt": ((("conversations",),), _from_sharegpt),

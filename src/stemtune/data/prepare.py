@@ -7,12 +7,12 @@ disk for the next run (see `data/kept.py`); what is small is made anew in memory
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from stemtune.config import Data
+from stemtune.config import Answers, Data
 from stemtune.data import kept
 from stemtune.data.memories import Memory, MemoryBook, exchanges, read_memories
 from stemtune.data.parallel import map_chunks
@@ -78,10 +78,21 @@ class Part:
         numbers = np.flatnonzero(np.isin(self.store.record, self.numbers))
         return self.store.sequence(int(numbers[np.argmax(self.store.length[numbers])]), 0)
 
+    @cached_property
+    def sources(self) -> list[str]:
+        """[n] what each record's source is called."""
+        survey = self.survey
+        names = [file.source.path for file in survey.files]
+        return [names[int(n)] for n in survey.row_file[survey.record_row[self.numbers]]]
+
+    def of(self, records: Iterable[int]) -> list[Sequence]:
+        """The sequences of these records, record by record."""
+        return [sequence for record in records for sequence in self.sequences[record]]
+
     @property
     def flat(self) -> list[Sequence]:
         """All sequences, record by record: all of them in memory."""
-        return [sequence for sequences in self.sequences for sequence in sequences]
+        return self.of(range(len(self)))
 
 
 class SequenceList(Seq[list[Sequence]]):
@@ -127,26 +138,27 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
     *,
-    preferences: bool = False,
+    answers: Answers = "best",
     gather: bool = False,
 ) -> Prepared:
     """Render every record.
 
     Args:
-        preferences: all answers of a preference, for objectives that compare them; else the best
-            one is trained, as if it were a dialogue.
+        answers: what the objective needs of a record: see `Config.answers`. With `best`, of a
+            preference the best answer is trained, as if it were a dialogue.
         gather: leave every record out that would stop a run, and say so in the ledger.
 
     Raises:
-        DataError: a record that is too long (with `on_too_long: error`), or nothing left.
+        DataError: a record that is too long (with `on_too_long: error`) or has not the answers that
+            are needed, or nothing left.
         DiskError: no room for what is kept.
     """
     memories = _memories(survey, data)
-    renderer = _ChunkRenderer(survey, tokenizer, data, memories, preferences, gather)
+    renderer = _ChunkRenderer(survey, tokenizer, data, memories, answers, gather)
     if survey.key:
         trims = data.on_too_long == "trim_context"
         rendering = data.model_dump(include=RENDERING)
-        known = (_tokenizer_key(tokenizer), rendering, repr(memories), preferences, trims)
+        known = (_tokenizer_key(tokenizer), rendering, repr(memories), answers, trims)
         key = kept.make_key(survey.key, *known)
         loaded = _load(kept.find(key)) or _load(kept.keep(key, partial(_save, renderer)))
         assert loaded is not None, "an entry that was just written can be read"
@@ -288,7 +300,7 @@ def _render_all(renderer: "_ChunkRenderer", sink: object) -> tuple[str, Ledger]:
     """
     survey = renderer.survey
     ledger = Ledger()
-    digests = [hashlib.sha256() for _ in range(5)]
+    digests = [hashlib.sha256() for _ in range(7)]
     joined = compared = 0
     total = len(survey.row_line)
     console = Console(stderr=True)
@@ -327,6 +339,8 @@ def _update(digests: list[Any], batch: Batch) -> None:
     columns = (
         np.asarray(batch.column("record")),
         np.asarray(batch.column("role").indices),
+        np.asarray(batch.column("preferred_to").values),
+        np.diff(np.asarray(batch.column("preferred_to").offsets)),
         np.asarray(ids.values),
         np.asarray(targets.values),
         np.diff(np.asarray(ids.offsets)),
@@ -356,11 +370,11 @@ class _ChunkRenderer:
         tokenizer: PreTrainedTokenizerBase,
         data: Data,
         memories: list[Memory],
-        preferences: bool,
+        answers: Answers,
         gather: bool,
     ) -> None:
-        self.survey, self.data, self.preferences = survey, data, preferences
-        self.gather = gather
+        self.survey, self.data, self.gather = survey, data, gather
+        self.answers: Answers = answers
         self.renderer = Renderer(tokenizer, data.template)
         self.book = None
         if data.memories is not None:
@@ -375,11 +389,15 @@ class _ChunkRenderer:
         sequences: list[Sequence] = []
         for number, record in records:
             try:
+                _require(record, self.answers)
                 sequences += render(record, number, self.renderer, self.data)
             except DataError as error:
                 long = isinstance(error, TooLongError)
                 what = f"too long: {error.what}" if long else error.what
-                refused.append(Refusal(error.where, what, error.hint))
+                refusal = Refusal(error.where, what, error.hint)
+                if refusal in refused[-1:]:
+                    continue  # another record of the same row
+                refused.append(refusal)
                 if not self.gather and _is_fatal(refused[-1], self.data):
                     break  # said in order, by the process that started this one
         self.renderer.remember([])  # what was remembered goes with these records
@@ -403,14 +421,43 @@ class _ChunkRenderer:
                 raise DataError(what, where=str(place), hint=hint)
             for record in records:
                 made = record
-                if isinstance(record, Preference) and not self.preferences:
+                # A bad one is refused in its place.
+                if self.answers == "best" and _is_good(record):
                     made = _best_answer(record)
-                    compared += 1
+                    compared += bool(record.pairs)
                 if self.book is not None:
                     made = self.book.remind(made, int(survey.group[number]))
                 found.append((number, made))
                 number += 1
         return found, compared
+
+
+def _require(record: Record, answers: Answers) -> None:
+    """Refuse a record that has not the answers that the objective needs.
+
+    Raises:
+        DataError: with what would do.
+    """
+    where = str(record.place)
+    compared = isinstance(record, Preference) and bool(record.pairs)
+    labelled = isinstance(record, Preference) and record.label is not None
+    if answers == "best":
+        if labelled:  # a good one has been made a dialogue
+            hint = "take it out, or train both kinds with objective.type: kto"
+            raise DataError("this answer is labelled as bad", where=where, hint=hint)
+    elif answers == "labelled" and not (compared or labelled):
+        hint = "kto needs `prompt`, `completion` and `label: true` or `false`, or pairs"
+        raise DataError("nothing says whether this answer is good", where=where, hint=hint)
+    elif answers in ("pairs", "ranking") and not compared:
+        hint = "rows need `chosen` and `rejected`, or candidates; or set objective.type: sft"
+        raise DataError("there is only one answer, and none to compare", where=where, hint=hint)
+    elif answers == "ranking" and isinstance(record, Preference) and not record.is_ranking:
+        hint = "set data.pairs.mode: all, and no two scores within data.pairs.margin; or use dpo"
+        raise DataError("the answers are not ranked from best to worst", where=where, hint=hint)
+
+
+def _is_good(record: Record) -> TypeGuard[Preference]:
+    return isinstance(record, Preference) and record.label is not False
 
 
 def _best_answer(preference: Preference) -> Dialogue:

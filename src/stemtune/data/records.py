@@ -95,13 +95,14 @@ class Dialogue(Record):
 
 @dataclass(frozen=True)
 class Preference(Record):
-    """One prompt and several answers to it."""
+    """One prompt and several answers to it; or one answer that is labelled as good or bad."""
 
     prompt: tuple[Message, ...]
     answers: tuple[Message, ...]
     pairs: tuple[tuple[int, int], ...]
     """Which answer is preferred to which: indices of the better and the worse."""
-    scores: tuple[float, ...] = ()
+    label: bool | None = None
+    """Of a single answer: whether it is good."""
 
     @property
     def opening(self) -> tuple[Message, ...]:
@@ -112,11 +113,21 @@ class Preference(Record):
     def best(self) -> int:
         """The answer that none is preferred to."""
         worse = {worse for _, worse in self.pairs}
-        return next(better for better, _ in self.pairs if better not in worse)
+        return next((better for better, _ in self.pairs if better not in worse), 0)
 
     def role_of(self, answer: int) -> str:
-        """`chosen` for an answer that is preferred to another, `rejected` for the others."""
-        return "chosen" if any(answer == better for better, _ in self.pairs) else "rejected"
+        """`chosen` for one that is good or preferred to another, `rejected` for the others."""
+        wanted = self.label or any(answer == better for better, _ in self.pairs)
+        return "chosen" if wanted else "rejected"
+
+    def preferred_to(self, answer: int) -> tuple[int, ...]:
+        """The answers that this one is better than."""
+        return tuple(worse for better, worse in self.pairs if better == answer)
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether each two answers are a pair."""
+        return 2 * len(self.pairs) == len(self.answers) * (len(self.answers) - 1)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ def _render_preference(
             np.array([False] * len(prompt) + _targets(ids, renderer, data)),
             record=number,
             role=preference.role_of(answer),
+            answer=answer,
+            preferred_to=preference.preferred_to(answer),
         )
         for answer, ids in enumerate(answers)
     ]

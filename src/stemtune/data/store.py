@@ -1,7 +1,8 @@
 """Prepared sequences: Arrow record batches, memory-mapped from disk or held in memory.
 
-A sequence's columns: `record` (over all records, in order), `role`, `num_targets`, `ids` and
-`targets` (a byte a token). Reading one touches no other.
+A sequence's columns: `record` (over all records, in order), `role`, `answer` and `preferred_to`
+(among its record's answers), `num_targets`, `ids` and `targets` (a byte a token). Reading one
+touches no other.
 """
 
 from bisect import bisect_right
@@ -22,6 +23,8 @@ SCHEMA = pa.schema(
     [
         ("record", pa.int64()),
         ("role", pa.dictionary(pa.int8(), pa.string())),
+        ("answer", pa.int16()),
+        ("preferred_to", pa.list_(pa.int16())),
         ("num_targets", pa.int32()),
         ("ids", pa.large_list(pa.int32())),
         ("targets", pa.large_list(pa.uint8())),
@@ -43,6 +46,8 @@ def to_batch(sequences: list[Sequence]) -> Batch:
         [
             pa.array([s.record for s in sequences], pa.int64()),
             pa.DictionaryArray.from_arrays(roles, ROLES),
+            pa.array([s.answer for s in sequences], pa.int16()),
+            pa.array([s.preferred_to for s in sequences], pa.list_(pa.int16())),
             pa.array([s.num_targets for s in sequences], pa.int32()),
             pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
             pa.LargeListArray.from_arrays(offsets, pa.array(targets.astype(np.uint8))),
@@ -90,13 +95,15 @@ class Store:
         """A sequence, with the number of its record as the caller counts them."""
         place = bisect_right(self._first, number) - 1
         row = number - self._first[place]
-        roles, offsets, ids, targets = self._batch(place)
+        roles, answers, preferred, offsets, ids, targets = self._batch(place)
         start, end = int(offsets[row]), int(offsets[row + 1])
         return Sequence(
             ids[start:end],
             targets[start:end].view(np.bool_),
             record=record,
             role=str(ROLES[int(roles[row])]),
+            answer=int(answers[row]),
+            preferred_to=preferred[row].as_py(),
         )
 
     def _read_batch(self, number: int) -> tuple[Any, ...]:
@@ -104,6 +111,8 @@ class Store:
         ids, targets = batch.column("ids"), batch.column("targets")
         return (
             np.asarray(batch.column("role").indices),
+            np.asarray(batch.column("answer")),
+            batch.column("preferred_to"),
             np.asarray(ids.offsets),
             np.asarray(ids.values),
             np.asarray(targets.values),

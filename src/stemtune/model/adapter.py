@@ -1,22 +1,42 @@
 """LoRA on a frozen base, by PEFT."""
 
+import hashlib
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from stemtune.config import Adapter
-from stemtune.errors import ConfigError
+from stemtune.config import Adapter, Model
+from stemtune.errors import ConfigError, ModelError
+
+PROMPT_FILE = "stemtune.json"
+START = "start"  # the frozen copy of an adapter that training goes on with
 
 
-def add_adapter(model: PreTrainedModel, config: Adapter, seed: int) -> PeftModel:
-    """The base with a fresh adapter; its weights are fp32, whatever the base is held in.
+def add_adapter(
+    model: PreTrainedModel, config: Adapter, seed: int, *, keep_start: bool = False
+) -> PeftModel:
+    """The base with a fresh adapter, or with `config.init_from`; its weights are fp32, whatever the
+    base is held in.
+
+    Args:
+        keep_start: keep a frozen copy of an adapter that training goes on with, as the reference.
 
     Raises:
         ConfigError: no module has such a name.
+        ModelError: `init_from` can't be read, or does not fit the base.
     """
+    if config.init_from is not None:
+        adapted = load_onto(model, adapter_folder(Path(config.init_from)), dropout=config.dropout)
+        if keep_start:
+            add_start(adapted, config)
+        return adapted
     targets = find_targets(model, config.target_modules)
     torch.manual_seed(seed)
     lora = LoraConfig(
@@ -29,6 +49,129 @@ def add_adapter(model: PreTrainedModel, config: Adapter, seed: int) -> PeftModel
     adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def load_onto(model: PreTrainedModel, folder: Path, *, dropout: float | None = None) -> PeftModel:
+    """The base with a saved adapter.
+
+    Args:
+        dropout: of its training, if it is to be trained.
+
+    Raises:
+        ModelError: it can't be read, or does not fit the base.
+    """
+    with _explained(folder):
+        if dropout is None:
+            return PeftModel.from_pretrained(model, str(folder))
+        saved: Any = PeftConfig.from_pretrained(str(folder))
+        saved.lora_dropout = dropout
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=saved)
+
+
+def add_start(model: PeftModel, config: Adapter) -> None:
+    """Put the adapter that training started from beside the one that is trained, frozen."""
+    if config.init_from is not None:
+        folder = adapter_folder(Path(config.init_from))
+        with _explained(folder):
+            model.load_adapter(str(folder), adapter_name=START, is_trainable=False)
+
+
+@contextmanager
+def _explained(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT, safetensors and torch: each has its own kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "is it an adapter of this base, and whole?"
+        raise ModelError(
+            f"can't load the adapter: {reason}", where=str(folder), hint=hint
+        ) from error
+
+
+@contextmanager
+def starting_point(model: PeftModel) -> Generator[None]:
+    """Within it the model is the one that training started from: the base, or the frozen copy of
+    the adapter that training goes on with."""
+    if START not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(START, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter("default")
+
+
+def adapter_folder(run: Path) -> Path:
+    """The adapter of a run; the folder itself, if it is one."""
+    here = any((run / name).is_file() for name in (PROMPT_FILE, "adapter_config.json"))
+    return run if here else run / "adapter"
+
+
+def require_adapter(config: Adapter, model: Model) -> str:
+    """Refuse an `init_from` that is surely not there or fits another base, without loading
+    anything.
+
+    Returns:
+        SHA-256 of its weights; empty without one.
+
+    Raises:
+        ConfigError: there is no adapter, or it is not the one that the run file describes.
+        ModelError: it was trained on another base.
+    """
+    if config.init_from is None:
+        return ""
+    folder = adapter_folder(Path(config.init_from))
+    where = str(folder)
+    try:
+        text = (folder / "adapter_config.json").read_bytes()
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+        saved = json.loads(text)
+        if saved["peft_type"] != "LORA":
+            hint = "train a new one, or go on with a LoRA adapter"
+            raise ConfigError(f"this adapter is {saved['peft_type']}", where=where, hint=hint)
+    except (OSError, ValueError, TypeError, KeyError):
+        hint = "adapter.init_from is the folder of a finished run, or of an adapter of PEFT's"
+        raise ConfigError("there is no adapter here", where=where, hint=hint) from None
+    base = _base_of(folder)
+    if base not in (None, model.base) and _same_place(str(base)) != _same_place(model.base):
+        hint = f"set model.base to {base}, or choose another adapter"
+        raise ModelError(f"it was trained on another base: {base}", where=where, hint=hint)
+    names = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+    for key, name in names.items():
+        ours, its = getattr(config, key), saved.get(name)
+        if key not in config.model_fields_set or ours == "auto":
+            continue
+        same = sorted(ours) == sorted(its) if isinstance(its, list) else ours == its
+        if not same:
+            what = f"the adapter that training goes on with has {key}: {its}"
+            hint = f"leave adapter.{key} out: it comes from adapter.init_from"
+            raise ConfigError(what, where=f"adapter.{key}", hint=hint)
+    return hashlib.sha256(text + weights).hexdigest()
+
+
+def _base_of(folder: Path) -> str | None:
+    """The base of an adapter of stemtune's; None where it does not say.
+
+    Raises:
+        ConfigError: what it says is damaged.
+    """
+    if not (folder / PROMPT_FILE).is_file():
+        return None
+    try:
+        return str(json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))["model"]["base"])
+    except (OSError, ValueError, TypeError, KeyError):
+        what = f"{PROMPT_FILE} is not what a run wrote"
+        hint = "the adapter is damaged: take a copy, or choose another one"
+        raise ConfigError(what, where=str(folder), hint=hint) from None
+
+
+def _same_place(base: str) -> str:
+    """A folder's own name, however it was reached."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
 from stemtune.model import smollm2
+from stemtune.model.adapter import PROMPT_FILE, load_onto
 from stemtune.model.load import load_model
 from stemtune.rundir import write_text
 
-PROMPT_FILE = "stemtune.json"
 HUB_NAMES = {smollm2.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LOCAL_KEYS = ("is_local", "local_files_only")
 
@@ -37,7 +37,9 @@ def save_adapter(
     peft_config.base_model_name_or_path = HUB_NAMES.get(config.model.base, config.model.base)
     peft_config.revision = config.model.revision
     # The base's embeddings are never trained; without the flag PEFT asks the Hub about them.
-    model.save_pretrained(str(temporary), save_embedding_layers=False)
+    model.save_pretrained(
+        str(temporary), save_embedding_layers=False, selected_adapters=["default"]
+    )
     tokenizer.save_pretrained(str(temporary))
     tokenizer_config = temporary / "tokenizer_config.json"
     values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
@@ -85,19 +87,15 @@ def load_adapter(
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from None
     base, tokenizer = load_model(config)
-    model = PeftModel.from_pretrained(base, str(folder))
+    model = load_onto(base, folder)
     model.eval()
     return model, tokenizer, prompt
-
-
-def adapter_folder(run: Path) -> Path:
-    """The adapter of a run; the folder itself, if it is one."""
-    return run if (run / PROMPT_FILE).is_file() else run / "adapter"
 
 
 def _card(config: Config) -> str:
     base = HUB_NAMES.get(config.model.base, Path(config.model.base).name)
     adapter, train = config.adapter, config.train
+    objectives = " and ".join(one.type for one in config.objective)
     return f"""---
 library_name: peft
 tags: [lora, stemtune]
@@ -105,7 +103,7 @@ tags: [lora, stemtune]
 
 # A LoRA adapter for {base}
 
-Trained by stemtune: {config.objective.type}, r={adapter.r}, alpha={adapter.alpha},
+Trained by stemtune: {objectives}, r={adapter.r}, alpha={adapter.alpha},
 dropout={adapter.dropout}, learning rate {train.learning_rate}, batch size {train.batch_size},
 sequences of up to {config.data.max_length} tokens, template: {config.data.template}.
 """

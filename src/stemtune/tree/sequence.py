@@ -20,7 +20,9 @@ class Sequence:
             The first token has none before it, so it can't be a target.
         weight: how much each of its targets counts in the loss.
         record: the number of the record it came from.
-        role: what it is to its record: `answer`, `chosen`, `rejected`, …
+        role: what it is to its record: `answer`, `chosen`, `rejected`.
+        answer: its number among the answers of its record.
+        preferred_to: numbers of those that it is better than.
 
     Raises:
         ValueError: empty, of unequal lengths, or with its first token as a target.
@@ -31,6 +33,8 @@ class Sequence:
     weight: float
     record: int
     role: str
+    answer: int
+    preferred_to: tuple[int, ...]
 
     def __init__(
         self,
@@ -39,6 +43,8 @@ class Sequence:
         weight: float = 1.0,
         record: int = 0,
         role: str = "answer",
+        answer: int = 0,
+        preferred_to: Seq[int] = (),
     ) -> None:
         ids = np.asarray(input_ids, dtype=np.int64)
         mask = np.asarray(is_target, dtype=np.bool_)
@@ -56,6 +62,8 @@ class Sequence:
             "weight": float(weight),
             "record": record,
             "role": role,
+            "answer": answer,
+            "preferred_to": tuple(preferred_to),
         }.items():
             object.__setattr__(self, name, value)
 

@@ -1,0 +1,102 @@
+"""Peak resident memory of one DPO step of one pair, by the length of its prompt.
+
+    python benchmarks/dpo_memory.py
+    python benchmarks/dpo_memory.py --prompts 256 1024 --json dpo-memory.json
+
+Each case runs in a process of its own; what is counted is as in memory.py. Answers have 64 tokens
+each; the reference is stored.
+
+Cases:
+    sft          stemtune on the prompt with its chosen answer alone.
+    stemtune     both answers, the loss of DPO.
+    trl_head     TRL's DPOTrainer, its head switched to targets (see peers.py).
+    trl          the same as installed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from base import DTYPES, load_adapted
+from dpo import CONTESTANTS, Group, reference_of
+from memory import reset_peak, resident
+from peers import stemtune_tree
+from sft import note, quiet
+
+CASES = ["sft", "stemtune", "trl_head", "trl"]
+ANSWER = 64
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--case", choices=CASES, help="this case alone, in this process")
+    return parser.parse_args()
+
+
+def measure(case: str, length: int, dtype: str) -> float:
+    """MiB that one step needs at its peak, on top of the loaded model."""
+    model, tokenizer = load_adapted(dtype)  # pyright: ignore[reportArgumentType]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(100, 40_000, (count,), generator=generator).tolist()
+
+    group = Group([draw(length)], [draw(ANSWER), draw(ANSWER)])
+    warm_up = Group([draw(8)], [draw(4), draw(4)])
+    if case == "sft":
+        step = stemtune_tree(model, tokenizer, budget=sys.maxsize)
+        step(warm_up.samples()[:1])
+        reset_peak()
+        before = resident("VmRSS")
+        step(group.samples()[:1])
+        return resident("VmHWM") - before
+    compare = CONTESTANTS[case](model, tokenizer, sys.maxsize)
+    compare([warm_up], reference_of(model, [warm_up]))
+    references = reference_of(model, [group])
+    reset_peak()
+    before = resident("VmRSS")
+    compare([group], references)
+    return resident("VmHWM") - before
+
+
+def in_own_process(case: str, length: int, dtype: str) -> float:
+    """`measure` in a fresh interpreter."""
+    command = [sys.executable, str(Path(__file__)), "--case", case, "--prompts", str(length)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # see memory.py
+    output = subprocess.run(
+        [*command, "--dtype", dtype], check=True, stdout=subprocess.PIPE, text=True, env=env
+    ).stdout
+    return float(output.split()[-1])
+
+
+def main() -> None:
+    """One case in this process, or all of them in their own."""
+    options = parse()
+    quiet()
+    if options.case:
+        print(measure(options.case, options.prompts[0], options.dtype))
+        return
+    print(f"| prompt | {' | '.join(CASES)} |\n|{'---|' * (len(CASES) + 1)}")
+    figures: dict[int, dict[str, float]] = {}
+    for length in options.prompts:
+        figures[length] = {}
+        for case in CASES:
+            note(f"{length} {case} …")
+            figures[length][case] = in_own_process(case, length, options.dtype)
+        row = " | ".join(f"{figures[length][case]:,.0f}" for case in CASES)
+        print(f"| {length:,} | {row} |", flush=True)
+    if options.json:
+        document = {"dtype": options.dtype, "answer": ANSWER, "peak_mib": figures}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
