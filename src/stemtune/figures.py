@@ -12,6 +12,7 @@ from stemtune.data.prepare import Part
 from stemtune.objectives import Term, layout_of, loss_of, totals_of
 from stemtune.objectives.rewards import preference_metrics
 from stemtune.score import Scorer
+from stemtune.tree.sequence import Sequence
 
 Figures = dict[str, float]
 
@@ -67,23 +68,42 @@ def preference_figures(
         baseline: see `stemtune.objectives.several.kto`.
 
     Returns:
-        `loss`, and the names of `preference_metrics`; of several sources also `rewards_accuracy`
-        and `rewards_margin` as `…/NAME`.
+        `loss`, and the names of `preferences_of`.
     """
     sequences = part.flat
     ours = torch.cat(list(logps))
     theirs = None if references is None else torch.cat(list(references))
-    layout = layout_of(sequences, baseline=baseline)
-    config = preferring(terms).config
     figures: Figures = {}
     if theirs is not None or not any(term.config.has_reference for term in terms):
+        layout = layout_of(sequences, baseline=baseline)
         loss, told = loss_of(terms, ours, theirs, layout, totals_of(sequences))
         figures = {"loss": float(loss), **{name: float(value) for name, value in told.items()}}
-    figures |= preference_metrics(ours, theirs, layout, config)
-    for name, mine in _by_source([part.sources[s.record] for s in sequences]).items():
+    sources = [part.sources[sequence.record] for sequence in sequences]
+    return {**figures, **preferences_of(sequences, ours, theirs, terms, sources)}
+
+
+def preferences_of(
+    sequences: Seq[Sequence],
+    logps: Tensor,
+    references: Tensor | None,
+    terms: list[Term],
+    sources: Seq[str],
+) -> Figures:
+    """`preference_metrics` of some answers; of several sources also `rewards_accuracy` and
+    `rewards_margin` as `…/NAME`.
+
+    Args:
+        logps, references: [T] of all answers, in order.
+        sources: what the source of each answer is called.
+    """
+    layout = layout_of(sequences)
+    # The first objective that compares answers says what a reward is.
+    config = next(term.config for term in terms if term.config.type != "sft")
+    figures = preference_metrics(logps, references, layout, config)
+    for name, mine in _by_source(sources).items():
         own = torch.zeros(len(sequences), dtype=torch.bool)
         own[mine] = True
-        found = preference_metrics(ours, theirs, layout, config, own)
+        found = preference_metrics(logps, references, layout, config, own)
         for kind in ("rewards_accuracy", "rewards_margin"):
             if kind in found:
                 figures[f"{kind}/{name}"] = found[kind]
@@ -106,11 +126,6 @@ def held_out_figures(
         return supervised_figures(part, losses_by_record(part, logps))
     baseline = None if references is None else scorer.baseline(part.flat)
     return preference_figures(part, logps, references, baseline, terms)
-
-
-def preferring(terms: list[Term]) -> Term:
-    """The first term that compares answers: its rewards are meant."""
-    return next(term for term in terms if term.config.type != "sft")
 
 
 def _by_source(sources: Seq[str]) -> dict[str, list[int]]:

@@ -18,7 +18,7 @@ from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
-from stemtune.figures import held_out_figures, losses_by_record, preferring
+from stemtune.figures import held_out_figures, losses_by_record, preferences_of
 from stemtune.interrupt import StopRequest
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
@@ -26,7 +26,6 @@ from stemtune.model.load import fingerprint, load_model, load_tokenizer, require
 from stemtune.model.memory import peak_memory
 from stemtune.model.save import save_adapter
 from stemtune.objectives import Objective, Totals, layout_of, loss_of, terms_of, totals_of
-from stemtune.objectives.rewards import preference_metrics
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.pack import count_distinct
 from stemtune.plan.steps import plan_steps
@@ -407,11 +406,9 @@ class Trainer:
             tokens = sum(len(sequence) for sequence in part.sequences)
             distinct += count_distinct(part.sequences) if shared else tokens
         if self.scorer.compares:
-            layout = layout_of(step.sequences)
             theirs = None if step.references is None else torch.cat(step.references)
-            told |= preference_metrics(
-                torch.cat(logps), theirs, layout, preferring(self.terms).config
-            )
+            sources = [self.data.train.sources[sequence.record] for sequence in step.sequences]
+            told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
         return Outcome(total, distinct, told)
 
     def compute_loss(

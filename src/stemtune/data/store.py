@@ -5,6 +5,7 @@ A sequence's columns: `record` (over all records, in order), `role`, `answer` an
 touches no other.
 """
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("targets", pa.large_list(pa.uint8())),
     ]
 )
+READS_KEPT = 500  # each maps up to a few hundred kB
 ROLES = pa.array(["answer", "chosen", "rejected"])
 ROLE_NUMBER = {"answer": 0, "chosen": 1, "rejected": 2}
 
@@ -69,10 +71,13 @@ class Store:
     """
 
     def __init__(self, source: Path | Any) -> None:
-        opened: Any = (
-            pa.memory_map(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
-        )
-        self._reader: Any = pa.ipc.open_file(opened)
+        self._map: mmap.mmap | None = None
+        self._reads = 0
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            source = pa.py_buffer(self._map)
+        self._reader: Any = pa.ipc.open_file(pa.BufferReader(source))
         self._first = [0]
         records: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
         lengths, targets = list(records), list(records)
@@ -93,18 +98,30 @@ class Store:
 
     def sequence(self, number: int, record: int) -> Sequence:
         """A sequence, with the number of its record as the caller counts them."""
+        self._forget_now_and_then()
         place = bisect_right(self._first, number) - 1
         row = number - self._first[place]
         roles, answers, preferred, offsets, ids, targets = self._batch(place)
         start, end = int(offsets[row]), int(offsets[row + 1])
         return Sequence(
             ids[start:end],
-            targets[start:end].view(np.bool_),
+            targets[start:end].view(np.bool_).copy(),
             record=record,
             role=str(ROLES[int(roles[row])]),
             answer=int(answers[row]),
             preferred_to=preferred[row].as_py(),
         )
+
+    def _forget_now_and_then(self) -> None:
+        """Drop the pages that were read from this process's memory: they stay in the system's file
+        cache, and with random reading nearly all of a large file would be held here."""
+        self._reads += 1
+        if (
+            self._reads % READS_KEPT == 0
+            and self._map is not None
+            and hasattr(mmap, "MADV_DONTNEED")
+        ):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _read_batch(self, number: int) -> tuple[Any, ...]:
         batch = self._reader.get_batch(number)
