@@ -78,8 +78,28 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def run(path: Path, rows: int) -> dict[str, Any]:
-    """All stages, in this process."""
+    """All stages, in this process; then once more, as another run would."""
     memory = Memory()
+    figures, fingerprint = first_run(path, rows)
+    from stemtune.config import Data, Model
+    from stemtune.data.prepare import prepare
+    from stemtune.data.survey import survey
+    from stemtune.model.load import load_tokenizer
+
+    data, tokenizer = Data(path=str(path), eval_fraction=0.01), load_tokenizer(Model())
+    again, seconds = timed(lambda: prepare(survey(data, 0), tokenizer, data))
+    assert again.fingerprint == fingerprint
+    memory.stop()
+    return {
+        **figures,
+        "second_run_seconds": round(seconds, 2),
+        "memory_mib": round(memory.alone),
+        "memory_with_workers_mib": round(memory.together),
+    }
+
+
+def first_run(path: Path, rows: int) -> tuple[dict[str, Any], str]:
+    """Figures of each stage, and the fingerprint of the data."""
     from stemtune.config import Data, Model
     from stemtune.data.survey import survey
 
@@ -108,26 +128,19 @@ def run(path: Path, rows: int) -> dict[str, Any]:
     sequences = part.sequences
     sample = random.Random(0).sample(steps, 200)
     _, read_seconds = timed(lambda: [sequences[record] for step in sample for record in step])
-    found, tokens = prepared.fingerprint, int(part.store.length.sum())
-    del prepared, surveyed, part, sequences  # the second run is another one
-    again, again_seconds = timed(lambda: prepare(survey(data, 0), tokenizer, data))
-    assert again.fingerprint == found
-    memory.stop()
-    return {
+    figures = {
         "rows": rows,
         "megabytes": round(path.stat().st_size / 1e6),
         "survey_seconds": round(survey_seconds, 2),
         "render_seconds": round(render_seconds, 2),
         "survey_rows_per_second": round(rows / survey_seconds),
         "render_rows_per_second": round(rows / render_seconds),
-        "tokens_per_second": round(tokens / render_seconds),
+        "tokens_per_second": round(int(part.store.length.sum()) / render_seconds),
         "plan_seconds": round(plan_seconds, 2),
         "plan_ms_per_step": round(plan_seconds / len(steps) * 1000, 3),
         "read_ms_per_step": round(read_seconds / len(sample) * 1000, 3),
-        "second_run_seconds": round(again_seconds, 2),
-        "memory_mib": round(memory.alone),
-        "memory_with_workers_mib": round(memory.together),
     }
+    return figures, prepared.fingerprint
 
 
 def peer(path: Path, rows: int) -> dict[str, Any]:
