@@ -62,6 +62,8 @@ def test_the_figures(folder: Path) -> None:
     second, third, fifth = (len(b"".join(lines[:n])) for n in (1, 2, 4))
     found = json.loads(outcome.out)
     sharing, spread = found.pop("sharing"), found.pop("step_sharing")
+    sharings = found.pop("sharings")
+    assert sum(count for _, count in sharings) == 2, "steps of the first epoch"
     assert found == {
         "memory_sharing": {},
         "rows": 5,

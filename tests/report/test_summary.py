@@ -14,7 +14,7 @@ from stemtune.data.records import Finding, Ledger, Refusal
 from stemtune.data.sources import File
 from stemtune.data.store import Store, to_batch, write
 from stemtune.data.survey import Survey
-from stemtune.report.summary import Piece, pieces, summarise
+from stemtune.report.summary import Piece, _sharings, pieces, summarise
 from tests.models import tiny_tokenizer
 from tests.trees import spell
 
@@ -94,6 +94,7 @@ def test_the_figures() -> None:
         "longest": {"place": "rows.jsonl:1 (byte 0)", "tokens": 5},
         "max_length": 2048,
         "step_sharing": {"min": 1.0, "median": 1.0, "p95": 1.86, "max": 1.86},
+        "sharings": [(end / 10, int(end in (11, 19))) for end in range(11, 20)],
         "memory_sharing": {},
         "batching": "dialogue",
         "batch_size": 2,
@@ -161,3 +162,22 @@ def test_a_length_far_from_the_others_is_shown() -> None:
 def test_lengths_that_are_nearly_alike_have_no_outliers() -> None:
     data = prepared(*(("g", "p", word) for word in ["abcD"] * 20 + ["abcdE", "abC"]))
     assert "length outlier" not in summarise(data, config()).findings
+
+
+@pytest.mark.parametrize(
+    ("ratios", "width"),
+    [
+        ([1.0, 1.0], 0.1),
+        ([1.0, 1.05, 1.1, 1.15, 2.2], 0.1),
+        ([1.0, 1.5, 7.0], 0.5),
+        ([1.0, 24.9, 3.3], 2.0),
+    ],
+)
+def test_how_sharing_spreads(ratios: list[float], width: float) -> None:
+    found = _sharings(ratios)
+    assert len(found) <= 12
+    for number, (end, count) in enumerate(found):
+        assert end == pytest.approx(1 + (number + 1) * width)
+        start = end - width if number else 0.0  # what shares nothing is in the first bin
+        assert count == sum(start + 1e-6 < ratio <= end + 1e-6 for ratio in ratios)
+    assert found[-1][1] > 0

@@ -1,6 +1,7 @@
 """`stemtune check`: what a run would train on, before any weights are loaded."""
 
 import json
+from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -117,7 +118,9 @@ def _stop(ledger: "Ledger", as_json: bool) -> NoReturn:
 
 def _print(summary: "Summary", ledger: "Ledger", shown: list["Shown"]) -> None:
     out.print(_table(summary))
-    out.print(_histogram(summary))
+    out.print(_histogram("sequences by length in tokens", summary.lengths))
+    if len(summary.sharings) > 1:
+        out.print(_histogram("steps by tokens ÷ distinct tokens", summary.sharings))
     _print_refused(ledger)
     for kind, finding in summary.findings.items():
         _print_trouble(kind, finding["count"], finding["examples"], finding["remedy"])
@@ -187,12 +190,12 @@ def _table(summary: "Summary") -> Table:
     return table
 
 
-def _histogram(summary: "Summary") -> Text:
-    """How long the sequences are, over the width of the page."""
-    most = max(count for _, count in summary.lengths)
+def _histogram(title: str, bins: Seq[tuple[float, int]]) -> Text:
+    """How many there are up to the end of each bin, over the width of the page."""
+    most = max(count for _, count in bins)
     width = max(out.width - 24, 10)
-    text = Text("\nsequences by length in tokens\n", style="bold")
-    for end, count in summary.lengths:
+    text = Text(f"\n{title}\n", style="bold")
+    for end, count in bins:
         bar = "█" * round(count / most * width) or ("▏" if count else "")
         text.append(f"{'≤ ' + str(end):>10} ", style="not bold")
         text.append(bar, style="not bold cyan")

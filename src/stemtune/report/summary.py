@@ -50,6 +50,8 @@ class Summary:
     """For each way of batching: all tokens over distinct tokens, of the first epoch's steps."""
     step_sharing: dict[str, float]
     """How it spreads over the steps, with the batching that is set."""
+    sharings: list[tuple[float, int]]
+    """A histogram of the same: the upper end of each bin, and how many steps it holds."""
     memory_sharing: dict[str, float]
     """With memories: the sharing that each position of theirs gives."""
     batching: str
@@ -109,6 +111,7 @@ def summarise(
         max_length=config.data.max_length,
         sharing={name: _ratio(found) for name, found in sharing.items()},
         step_sharing=_quantiles(each[2], 2),
+        sharings=_sharings(each[2]),
         memory_sharing=memory_sharing,
         batching=config.data.batching,
         batch_size=train.batch_size,
@@ -133,6 +136,19 @@ def _histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
     )
     counts = np.bincount((lengths - 1) // width)
     return [((i + 1) * width, int(count)) for i, count in enumerate(counts.tolist())]
+
+
+def _sharings(ratios: list[float]) -> list[tuple[float, int]]:
+    """At most twelve bins of a round width, from 1 on: a step that shares nothing has 1."""
+    above = np.array(ratios) - 1
+    width = next(
+        step * 10.0**power
+        for power in range(-1, 12)
+        for step in (1, 2, 5)
+        if step * 10.0**power * BINS >= above.max()
+    )
+    counts = np.bincount(np.maximum(np.ceil(above / width - 1e-9), 1).astype(int) - 1)
+    return [(round(1 + (i + 1) * width, 1), int(count)) for i, count in enumerate(counts.tolist())]
 
 
 def _plan(
