@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All figures of docs/benchmarks.md, raw, into a folder: bash benchmarks/run_all.sh FOLDER
-# About 40 minutes on two cores. Nothing else may run meanwhile.
+# About 50 minutes on two cores. Nothing else may run meanwhile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?a folder for the raw figures}
@@ -16,4 +16,10 @@ for dtype in bfloat16 float32; do
 done
 "$python" benchmarks/sft.py --data src/stemtune/starter/hamlet.jsonl --dtype bfloat16 \
   --contestants stemtune,trl_head,hand --json "$out/starter-windows-bfloat16.json"
+for work in rag ranked unshared; do
+  contestants=stemtune,hand
+  [ "$work" = rag ] && contestants=stemtune,hand,trl_head
+  "$python" benchmarks/dpo.py --work "$work" --groups "$([ "$work" = unshared ] && echo 2 || echo 1)" \
+    --contestants "$contestants" --json "$out/dpo-$work-float32.json"
+done
 "$python" benchmarks/memory.py --json "$out/memory.json"

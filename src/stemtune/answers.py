@@ -15,14 +15,11 @@ from peft import PeftModel
 
 from stemtune.config import Config
 from stemtune.data.overlap import exact_match, rouge_l, token_f1
-from stemtune.data.prepare import prepare
 from stemtune.data.records import Place
 from stemtune.data.renderer import Renderer
-from stemtune.data.survey import survey
-from stemtune.errors import ConfigError, DataError
+from stemtune.errors import ConfigError
+from stemtune.evaluate import load_run
 from stemtune.metrics import track
-from stemtune.model.adapter import adapter_folder
-from stemtune.model.save import load_adapter
 from stemtune.score import autocast
 from stemtune.tree.logprobs import base_model
 from stemtune.tree.sequence import Ids, Sequence
@@ -80,19 +77,14 @@ def answer_run(
         DataError: nothing was held out.
         ModelError: there is no adapter.
     """
-    surveyed = survey(config.data, config.train.seed)
-    model, tokenizer, _ = load_adapter(adapter_folder(folder), config.model.device)
-    data = prepare(surveyed, tokenizer, config.data, answers=config.answers)
-    if not len(data.eval):
-        hint = "set data.eval_fraction or data.eval_path"
-        raise DataError("this run has no held-out records", where=str(folder), hint=hint)
+    model, tokenizer, part = load_run(folder, config)
     renderer = Renderer(tokenizer, config.data.template)
     answers: list[Answered] = []
-    for record in track(range(len(data.eval))[:limit], "answering"):
-        prompt, reference = _split(_best(data.eval.sequences[record]))
+    for record in track(range(len(part))[:limit], "answering"):
+        prompt, reference = _split(_best(part.sequences[record]))
         answer = _generate(model, renderer, prompt, max_new_tokens, adapter=not base)
         shown = _text(renderer, prompt)
-        answered = Answered(data.eval.place(record), shown, answer, _text(renderer, reference))
+        answered = Answered(part.place(record), shown, answer, _text(renderer, reference))
         if judge is not None:
             other = _generate(model, renderer, prompt, max_new_tokens, adapter=False)
             win = float(judge(shown, answer, other, answered.reference))

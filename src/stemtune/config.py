@@ -525,6 +525,11 @@ class Config(Section):
         return self
 
     @property
+    def has_reference(self) -> bool:
+        """Whether an objective compares with the model that training started from."""
+        return any(one.has_reference for one in self.objective)
+
+    @property
     def answers(self) -> Answers:
         """What the objectives need of a record."""
         kinds = {one.answers for one in self.objective}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config
@@ -53,13 +54,7 @@ def evaluate_run(
         DataError: nothing was held out.
         ModelError: there is no adapter.
     """
-    surveyed = survey(config.data, config.train.seed)
-    model, tokenizer, _ = load_adapter(adapter_folder(folder), config.model.device)
-    data = prepare(surveyed, tokenizer, config.data, answers=config.answers)
-    part = data.train if train_data else data.eval
-    if not len(part):
-        hint = "set data.eval_fraction or data.eval_path; or score --train-data"
-        raise DataError("this run has no held-out records", where=str(folder), hint=hint)
+    model, tokenizer, part = load_run(folder, config, train_data=train_data)
     budget = config.train.micro_batch_tokens
     assert budget != "auto", "a run's own config.yaml is resolved"
     scorer = Scorer(model, config, config.model.attention, budget)
@@ -71,6 +66,25 @@ def evaluate_run(
             references = scorer.part_logps(part)
     figures = held_out_figures(part, scorer, terms_of(config.objective), logps, references)
     return Scores(_records(part, losses_by_record(part, logps), tokenizer), figures)
+
+
+def load_run(
+    folder: Path, config: Config, *, train_data: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Part]:
+    """A run's adapter on its base, its tokenizer, and its held-out (or training) records.
+
+    Raises:
+        DataError: nothing was held out.
+        ModelError: there is no adapter.
+    """
+    surveyed = survey(config.data, config.train.seed)
+    model, tokenizer, _ = load_adapter(adapter_folder(folder), config.model.device)
+    data = prepare(surveyed, tokenizer, config.data, answers=config.answers)
+    part = data.train if train_data else data.eval
+    if not len(part):
+        hint = "set data.eval_fraction or data.eval_path; or score --train-data"
+        raise DataError("this run has no held-out records", where=str(folder), hint=hint)
+    return model, tokenizer, part
 
 
 def _records(

@@ -44,7 +44,7 @@ class Scorer:
         self.model, self.backend, self.budget = model, backend, budget
         self.answers = config.answers
         self.compares = config.answers != "best"
-        self.has_reference = any(one.has_reference for one in config.objective)
+        self.has_reference = config.has_reference
 
     def micro_batches(self, sequences: Seq[Sequence]) -> list[MicroBatch]:
         """Which sequences run together."""

@@ -226,7 +226,7 @@ class Trainer:
             base,
             config.adapter,
             config.train.seed,
-            keep_start=any(one.has_reference for one in config.objective),
+            keep_start=config.has_reference,
         )
         if config.train.activation_checkpointing:
             base.activation_checkpointing_enable()

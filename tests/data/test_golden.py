@@ -42,7 +42,7 @@ def test_golden(case: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen3")
     found = survey(data, 0)
     compared = any(name.endswith(("preference", "candidates")) for name in found.ledger.formats)
-    answers = "pairs" if compared else "best"
+    answers = "pairs" if compared else "labelled" if "labelled" in found.ledger.formats else "best"
     prepared = prepare(found, tokenizer, data, answers=answers)
     lines = [f"formats: {prepared.ledger.formats}"]
     lines += [f"note: {note}" for note in prepared.ledger.notes]
