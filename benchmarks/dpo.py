@@ -349,7 +349,7 @@ def run(options: argparse.Namespace, groups: list[Group]) -> list[dict[str, Any]
     flops: dict[str, float] = {}
     references: References | None = None
     for name in options.contestants:
-        model, tokenizer = load_adapted(options.dtype)
+        model, tokenizer = load_adapted(options.dtype, ours=name == "stemtune")
         steps[name] = CONTESTANTS[name](model, tokenizer, options.micro_batch)
         flops[name] = step_flops(model, work_of(name, groups))
         if options.reference == "stored" and references is None:

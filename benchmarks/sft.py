@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, samples: list[Sample]) -> list[Record]:
     steps: dict[str, Step] = {}
     flops: dict[str, float] = {}
     for name in options.contestants:
-        model, tokenizer = load_adapted(options.dtype)
+        model, tokenizer = load_adapted(options.dtype, ours=name == "stemtune")
         steps[name] = CONTESTANTS[name](model, tokenizer, options.micro_batch)
         flops[name] = step_flops(model, work_of(name, samples, options.micro_batch))
         warm_up, _ = steps[name](longest)

@@ -18,14 +18,15 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("room", "below"),
     [
-        ("tree", {"tree"}),
+        ("kernels", {"kernels"}),
+        ("tree", {"tree", "kernels"}),
         ("plan", {"plan", "tree"}),
         ("objectives", {"objectives", "tree"}),
         ("config.py", set()),
         ("errors.py", set()),
         ("cache.py", set()),
         ("data", {"data", "config", "errors", "tree", "cache"}),
-        ("model", {"model", "config", "errors", "tree", "rundir", "cache"}),
+        ("model", {"model", "config", "errors", "tree", "kernels", "rundir", "cache"}),
     ],
 )
 def test_a_room_imports_only_from_below(room: str, below: set[str]) -> None:

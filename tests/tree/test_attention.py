@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stemtune as st
-from stemtune.tree import attention
-from stemtune.tree.attention import TreeLayout, choose_backend, tree_attention
+from stemtune.tree.attention import NAME, TreeLayout, choose_backend, tree_attention
 from stemtune.tree.build import Tree, build_tree
 from tests.models import tiny_model, with_lora
 from tests.trees import CASES, gradient, largest_error, one_by_one, relative_error, spell
@@ -148,37 +147,6 @@ def test_varlen_arrays(case: str) -> None:
     assert longest_k == max(map(len, paths))
 
 
-def any_layout() -> TreeLayout:
-    """It only keeps the masks."""
-    return TreeLayout(build_tree([st.Sequence([1], [False])]), "segments", CPU)
-
-
-@windows
-@kv_heads
-@pytest.mark.parametrize("block", [1, 3, 256])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (7, 7), (7, 12), (6, 30)])
-def test_blocks_of_rows(
-    n: int, m: int, block: int, kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """n queries at the end of a path of m keys, whatever the blocks."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    states = random_states(n, kv_heads, seed=3, m=m)
-    own = range(m - n, m)
-    seen = [list(range(0 if window is None else max(0, i - window + 1), i + 1)) for i in own]
-    result = attention._blocked(*states, any_layout(), SCALE, window).transpose(1, 2)
-    assert largest_error(result, formula(*states, seen)) < 1e-12
-
-
-@windows
-def test_blocks_of_large_scores(window: int | None) -> None:
-    """Scores in the thousands: their exponentials alone would overflow."""
-    q, k, v = random_states(7, 2, seed=8, m=12)
-    own = range(5, 12)
-    seen = [list(range(0 if window is None else max(0, i - window + 1), i + 1)) for i in own]
-    result = attention._blocked(1e4 * q, k, v, any_layout(), SCALE, window).transpose(1, 2)
-    assert largest_error(result, formula(1e4 * q, k, v, seen)) < 1e-9
-
-
 def random_sequences(stem: int, branch: int) -> list[st.Sequence]:
     """Three that share a stem, each with its own branch as target; longer than a block of rows."""
     generator = torch.Generator().manual_seed(4)
@@ -293,7 +261,7 @@ def generate(model: Any, prompts: list[str]) -> list[list[int]]:
 def test_generation_is_what_it_was(family: str) -> None:
     model, oracle = tiny_model(family), tiny_model(family, attn_implementation="eager")
     st.target_logprobs(model, build_tree(CASES["a shared stem"]))
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == NAME
     alone = [generate(oracle, [prompt])[0] for prompt in PROMPTS]
     assert [generate(model, [prompt])[0] for prompt in PROMPTS] == alone
     assert generate(model, PROMPTS) == alone

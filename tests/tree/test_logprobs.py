@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import stemtune as st
-from stemtune.tree import logprobs
+from stemtune.kernels import head
 from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import has_plain_head
 from tests.models import tiny_model, with_lora
@@ -89,37 +88,9 @@ def test_a_small_soft_cap_is_seen() -> None:
     assert not has_plain_head(model)
 
 
-@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 1000])
-@pytest.mark.parametrize("biased", [False, True])
-def test_frozen_head(biased: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value and its hand-written gradient, against autograd through log_softmax in float64."""
-    vocab = 11
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", rows_at_once * vocab)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    hidden, weight, bias = random(7, 5), random(vocab, 5), random(vocab) if biased else None
-    rows = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 6])  # the last source has three targets
-    tokens = torch.tensor([3, 4, 3, 0, 10, 5, 5, 1, 2, 3])
-    above = random(rows.numel())
-
-    own = hidden.clone().requires_grad_()
-    scores = logprobs._FrozenHead.apply(own, weight, bias, rows, tokens)
-    scores.backward(above)
-
-    exact = hidden.double().requires_grad_()
-    logits = exact @ weight.double().T + (0 if bias is None else bias.double())
-    expected = torch.log_softmax(logits, dim=-1)[rows, tokens]
-    expected.backward(above.double())
-    assert largest_error(scores, expected) < 1e-5
-    assert relative_error(own.grad, exact.grad) < 1e-6
-
-
 @backends
 def test_chunks_change_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * 64)
+    monkeypatch.setattr(head, "BLOCK", (3, 5))
     model = with_lora(tiny_model("llama"))
     oracle = with_lora(tiny_model("llama", attn_implementation="eager")).double()
     logps = st.target_logprobs(model, build_tree(EVERYTHING), backend)

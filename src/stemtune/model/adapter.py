@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError
+from stemtune.model.lora import use_fast_layers
 
 PROMPT_FILE = "stemtune.json"
 START = "start"  # the frozen copy of an adapter that training goes on with
@@ -46,7 +47,7 @@ def add_adapter(
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, use_fast_layers(lora))
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -61,9 +62,11 @@ def load_onto(model: PreTrainedModel, folder: Path, *, dropout: float | None = N
         ModelError: it can't be read, or does not fit the base.
     """
     with _explained(folder):
-        if dropout is None:
-            return PeftModel.from_pretrained(model, str(folder))
         saved: Any = PeftConfig.from_pretrained(str(folder))
+        if isinstance(saved, LoraConfig):
+            use_fast_layers(saved)
+        if dropout is None:
+            return PeftModel.from_pretrained(model, str(folder), config=saved)
         saved.lora_dropout = dropout
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=saved)
 

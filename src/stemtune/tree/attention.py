@@ -5,8 +5,8 @@ it attends over that tree; without one it is transformers' own SDPA, so that gen
 batches run through the very same model. The layout travels as a keyword argument because
 activation checkpointing hands the same arguments to its second pass.
 
-Shapes: N packed tokens, H query heads, K key/value heads, G = H / K, D head width; a segment has
-n tokens and its path (ancestors and itself) m.
+Shapes: N packed tokens, H query heads, K key/value heads, D head width; a segment has n tokens and
+its path (ancestors and itself) m.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stemtune.kernels import segments
+from stemtune.kernels.segments import SegmentPath
 from stemtune.tree.build import Tree
 
 NAME = "stemtune"
-QUERY_BLOCK = 256  # rows of scores at a time: small enough for a cache, large enough for a matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,12 @@ class TreeLayout:
         return paths
 
     @cached_property
+    def segment_paths(self) -> list[SegmentPath]:
+        """The segments with their paths."""
+        numbered = zip(self.tree.segments, self.paths, strict=True)
+        return [SegmentPath(segment.start, segment.end, path) for segment, path in numbered]
+
+    @cached_property
     def subtree_end(self) -> Tensor:
         """[N], see Tree.subtree_end."""
         return torch.from_numpy(self.tree.subtree_end).to(self.device)
@@ -67,26 +73,6 @@ class TreeLayout:
         m = [segment.depth + length for segment, length in zip(self.tree.segments, n, strict=True)]
         sizes = [torch.tensor([0, *x]).cumsum(0).to(torch.int32).to(self.device) for x in (n, m)]
         return torch.cat(keys).to(self.device), sizes[0], sizes[1], max(n), max(m)
-
-    def bias(self, rows: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[rows, keys]: 0 where a row sees a key, -inf where not; the last row sees the last key.
-
-        Made once for all layers, which keep it for the backward pass.
-        """
-        key = (rows, keys, window, dtype)
-        if key not in self._biases:
-            row = torch.arange(keys - rows, keys, device=self.device)[:, None]
-            column = torch.arange(keys, device=self.device)
-            hidden = column > row
-            if window is not None:
-                hidden |= column <= row - window
-            bias = torch.zeros(rows, keys, dtype=dtype, device=self.device)
-            self._biases[key] = bias.masked_fill_(hidden, float("-inf"))
-        return self._biases[key]
-
-    @cached_property
-    def _biases(self) -> dict[tuple[int, int, int | None, torch.dtype], Tensor]:
-        return {}
 
     def flex_mask(self, window: int | None) -> Any:
         """FlexAttention's block mask."""
@@ -148,81 +134,14 @@ def segments_attention(
     query: Tensor, key: Tensor, value: Tensor, tree: TreeLayout, scale: float, window: int | None
 ) -> Tensor:
     """Segment by segment: its queries over the keys of its path. Any device; the reference."""
-    attend = _blocked if query.dtype == torch.bfloat16 and query.device.type == "cpu" else _sdpa
-    outputs = [
-        attend(
-            query[:, :, segment.start : segment.end],
-            _take(key, path),
-            _take(value, path),
-            tree,
-            scale,
-            window,
-        )
-        for segment, path in zip(tree.tree.segments, tree.paths, strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _take(states: Tensor, path: list[tuple[int, int]]) -> Tensor:
-    parts = [states[:, :, start:end] for start, end in path]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float, window: int | None
-) -> Tensor:
-    n, m = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if n == m and (window is None or window >= m):
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    # Under a mask SDPA computes what is hidden as well: a block of rows sees little of that.
-    blocks: list[Tensor] = []
-    for start in range(0, n, QUERY_BLOCK):
-        rows = q[:, :, start : start + QUERY_BLOCK]
-        end = m - n + start + rows.shape[2]
-        bias = tree.bias(rows.shape[2], end, window, q.dtype)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                rows,
-                k[:, :, :end],
-                v[:, :, :end],
-                attn_mask=bias,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(blocks, dim=2)
-
-
-def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float, window: int | None
-) -> Tensor:
-    """Plain matrix products, a block of rows at a time over just the keys that it can see.
-
-    The G query heads of a key/value head are stacked as rows of one product, so that keys are
-    never repeated. In bfloat16 on a CPU it is about twice as fast as the SDPA kernel.
-    """
-    n, m = q.shape[2], k.shape[2]
-    blocks: list[Tensor] = []
-    for start in range(0, n, QUERY_BLOCK):
-        rows = q[:, :, start : start + QUERY_BLOCK]
-        before, end = m - n + start, m - n + start + rows.shape[2]
-        first = 0 if window is None else max(0, before - window + 1)
-        bias = tree.bias(rows.shape[2], end - first, window, q.dtype)
-        blocks.append(_rows(rows, k[:, :, first:end], v[:, :, first:end], bias, scale))
-    return torch.cat(blocks, dim=2)
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    batch, heads, n, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    stacked = (q * scale).reshape(batch, kv_heads, heads // kv_heads * n, width)
-    scores = torch.matmul(stacked, k.transpose(-1, -2))
-    scores = scores.view(batch, kv_heads, -1, n, keys) + bias
-    weights = torch.softmax(scores, dim=-1).view(batch, kv_heads, -1, keys)
-    return torch.matmul(weights, v).view(batch, heads, n, width)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # it does not look into a function with its own backward
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    result = segments.segments_attention(
+        query[0], key[0], value[0], tree.segment_paths, scale, window
+    )
+    return result.transpose(0, 1)[None]
 
 
 def varlen_attention(

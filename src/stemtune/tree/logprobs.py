@@ -1,7 +1,6 @@
 """Log-probabilities of a tree's targets.
 
-Shapes: N packed tokens, S distinct sources, U distinct (source, token) pairs, T targets,
-D hidden width, V vocabulary.
+Shapes: S distinct sources, U distinct (source, token) pairs, T targets.
 """
 
 from typing import Any
@@ -10,11 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from stemtune.kernels.head import head_logprobs
 from stemtune.tree import attention
 from stemtune.tree.build import Tree
 from stemtune.tree.support import has_length_dependent_rope, why_no_tree
-
-CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in fp32
 
 
 def target_logprobs(
@@ -106,54 +104,13 @@ def _score(
         hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state
         head = base.get_output_embeddings()
         hidden = hidden.reshape(-1, hidden.shape[-1])[sources]
-        return _FrozenHead.apply(hidden, head.weight, head.bias, rows, tokens)  # pyright: ignore
+        return head_logprobs(hidden, head.weight, head.bias, rows, tokens)
     # The model's own head, whatever it does, on the wanted positions alone.
     width = inputs["input_ids"].shape[1]
     columns, column = torch.unique(sources % width, return_inverse=True)
     logits = base(**inputs, use_cache=False, logits_to_keep=columns).logits
     chosen = logits[sources // width, column].float()
     return torch.log_softmax(chosen, dim=-1)[rows, tokens]
-
-
-class _FrozenHead(torch.autograd.Function):
-    """log-softmax(h Wᵀ + b) at given tokens, in chunks of rows, for a head that is not trained.
-
-    Its gradient is ∂ log p(t) / ∂h = W[t] - Σ_v p(v) W[v]. The last sum, an expected embedding,
-    does not depend on the gradient from above, so the forward pass computes it while the logits
-    are at hand: [S, D] is kept instead of [S, V], and the backward pass needs no product with W.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, tokens: Tensor
-    ) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0]
-        expected = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
-        scores = torch.empty(rows.numel(), dtype=torch.float32, device=hidden.device)
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            chunk = hidden[start : start + size].to(weight.dtype)
-            logits = torch.nn.functional.linear(chunk, weight, bias).float()
-            here = torch.nonzero((rows >= start) & (rows < start + size)).squeeze(1)
-            norm = torch.logsumexp(logits, dim=-1)
-            local = rows[here] - start
-            scores[here] = logits[local, tokens[here]] - norm[local]
-            if expected is not None:
-                probabilities = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
-                expected[start : start + size] = probabilities @ weight
-        if expected is not None:
-            ctx.save_for_backward(expected, weight, rows, tokens)
-            ctx.dtype = hidden.dtype
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        expected, weight, rows, tokens = ctx.saved_tensors
-        grad = grads[0].float()
-        total = torch.zeros(expected.shape[0], device=grad.device).index_add_(0, rows, grad)
-        result = expected * -total[:, None]
-        result.index_add_(0, rows, weight[tokens].float() * grad[:, None])
-        return result.to(ctx.dtype), None, None, None, None
 
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -1,0 +1,1 @@
+"""Exact arithmetic in few passes over memory: functions of tensors, which know nothing else."""

@@ -1,0 +1,53 @@
+"""A matrix product by the fastest exact kernel at hand.
+
+torch multiplies fp32 matrices on a CPU with MKL, which keeps its best code for the processors of
+one maker. oneDNN comes with the same torch, computes the same sums in the same precision, and was
+1.1 to 1.4 times as fast on a Zen 4. Half precision goes through oneDNN anyway.
+"""
+
+import platform
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FEW_ROWS = 32  # below, the call itself is what takes the time
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows [N, in] by a weight [out, in] to [N, out]. Keeps nothing for a backward pass."""
+    if _suits_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Dense fp32 matrices on a CPU. With other strides oneDNN falls back to a reference kernel that
+    takes a thousand times as long."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.shape[0] >= FEW_ROWS
+        and x.is_contiguous()
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+        and _onednn_is_exact()
+    )
+
+
+@cache
+def _onednn_is_exact() -> bool:
+    """Whether the operator, which torch's own compiler calls and nobody promises, is there and
+    gives what `F.linear` gives."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not (x86 and torch.backends.mkldnn.is_available()):
+        return False
+    x = torch.linspace(-1, 1, FEW_ROWS * 48).view(FEW_ROWS, 48)
+    weight = torch.linspace(-1, 1, 24 * 48).view(48, 24).t()
+    bias = torch.linspace(0, 1, 24)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    return bool((found - exact).abs().max() < 1e-5)

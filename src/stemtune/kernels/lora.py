@@ -1,0 +1,86 @@
+"""A frozen linear layer with a low-rank update, forward and backward.
+
+Written as separate operations, LoRA makes a matrix as large as the layer's output, scales it and
+adds it; backward the same again. Here the update is added by the matrix product itself.
+
+Shapes: N tokens, r the rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stemtune.kernels.linear import linear
+
+
+def lora_linear(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor:
+    """The layer x Wᵀ + bias + scale · (d Aᵀ) Bᵀ, in the dtype of W; no gradient for W and bias.
+
+    Args:
+        x: [..., in].
+        dropped: [..., in], d: x after dropout; None where that is x itself.
+        weight: [out, in], W, frozen.
+        bias: [out], frozen.
+        a: [r, in]. b: [out, r].
+
+    Source:
+        Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685, equation 3. With U = scale · ∂y B:
+        ∂x = ∂y W, ∂d = U A, ∂A = Uᵀ d, ∂B = scale · ∂yᵀ (d Aᵀ).
+    """
+    return _LoraLinear.apply(x, dropped, weight, bias, a, b, scale)  # pyright: ignore
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = _rows(x, weight.dtype)
+            inner = rows if dropped is None else _rows(dropped, weight.dtype)
+            a_, b_ = a.to(weight.dtype), (b * scale).to(weight.dtype)
+            low = linear(inner, a_)
+            y = linear(rows, weight, bias).addmm_(low, b_.t())
+        ctx.save_for_backward(inner, low, weight, a_, b_)
+        ctx.scale, ctx.has_dropout, ctx.dtypes = scale, dropped is not None, (x.dtype, a.dtype)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inner, low, weight, a, b = ctx.saved_tensors
+        x_dtype, a_dtype = ctx.dtypes
+        shape = (*grads[0].shape[:-1], weight.shape[1])
+        with torch.autocast(grads[0].device.type, enabled=False):
+            above = _rows(grads[0], weight.dtype)
+            update = torch.mm(above, b)
+            to_a = torch.mm(update.t(), inner).to(a_dtype)
+            to_b = torch.mm(above.t(), low).to(a_dtype).mul_(ctx.scale)
+            to_x = to_dropped = None
+            if ctx.needs_input_grad[0]:
+                to_x = linear(above, weight.t())
+                if not ctx.has_dropout:
+                    to_x.addmm_(update, a)
+                to_x = to_x.view(shape).to(x_dtype)
+            if ctx.has_dropout and ctx.needs_input_grad[1]:
+                to_dropped = torch.mm(update, a).view(shape).to(x_dtype)
+        return to_x, to_dropped, None, None, to_a, to_b, None
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)

@@ -1,0 +1,204 @@
+"""Attention of a prefix tree's segments over their paths, forward and backward.
+
+The scores are computed again for the backward pass instead of being kept, so that memory grows with
+the tokens, not with their square. The G query heads of a key/value head are stacked as rows of one
+matrix product: keys are never repeated. Gradients of keys and values are added up in one buffer.
+
+Shapes: N packed tokens, H query heads, K key/value heads, G = H / K, D head width; a segment has
+n tokens and its path (ancestors and itself) m.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU_ROWS = 384  # stacked rows of scores at a time: small enough for a cache, enough for a product
+GPU_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class SegmentPath:
+    """A segment's packed range, and the packed ranges of its ancestors and itself, in order."""
+
+    start: int
+    end: int
+    path: list[tuple[int, int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the path."""
+        return sum(end - start for start, end in self.path)
+
+
+def segments_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: list[SegmentPath],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """softmax(scale · q Kᵀ) V for each segment's queries over the keys of its path.
+
+    Args:
+        query: [H, N, D]. key, value: [K, N, D], of one dtype.
+        segments: they cover all N tokens.
+        window: how many keys up to its own a query sees; None for all.
+
+    Returns:
+        [H, N, D].
+
+    Source:
+        Backward as in FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135, with P
+        the weights: ∂V = Pᵀ ∂O, ∂S = P ∘ (∂O Vᵀ - rowsum(∂O ∘ O)), ∂Q = ∂S K, ∂K = ∂Sᵀ Q.
+    """
+    return _Segments.apply(query, key, value, segments, scale, window)  # pyright: ignore
+
+
+class _Segments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: list[SegmentPath],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        queries = _stack(query, key.shape[0])
+        output = _tokens_first(queries)
+        for segment in segments:
+            keys, values = _take(key, segment.path), _take(value, segment.path)
+            for block in _blocks(segment, queries, window):
+                weights = _weights(_rows(queries, block) * scale, keys, block)
+                _put(output, block, torch.bmm(weights, values[:, block.keys]))
+        ctx.save_for_backward(query, key, value, output)
+        ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        return output.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)
+        queries, above = _stack(query, key.shape[0]), _stack(grads[0], key.shape[0])
+        # rowsum(∂O ∘ O), what softmax takes off each row
+        mean = (above * output).sum(-1, keepdim=True, dtype=wide).to(query.dtype)
+        to_query = _tokens_first(queries)
+        to_key, to_value = (
+            key.new_zeros(key.shape, dtype=wide),
+            key.new_zeros(key.shape, dtype=wide),
+        )
+        for segment in ctx.segments:
+            keys, values = _take(key, segment.path), _take(value, segment.path)
+            to_keys, to_values = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
+            for block in _blocks(segment, queries, ctx.window):
+                rows, own = _rows(queries, block) * ctx.scale, _rows(above, block)
+                weights = _weights(rows, keys, block)
+                to_scores = torch.bmm(own, values[:, block.keys].mT)
+                to_scores.sub_(_rows(mean, block)).mul_(weights)
+                _add_product(to_values[:, block.keys], weights, own)
+                _add_product(to_keys[:, block.keys], to_scores, rows)
+                _put(to_query, block, torch.bmm(to_scores, keys[:, block.keys]).mul_(ctx.scale))
+            _give(to_key, to_keys, segment.path)
+            _give(to_value, to_values, segment.path)
+        to_key, to_value = to_key.to(key.dtype), to_value.to(value.dtype)
+        return to_query.flatten(0, 1), to_key, to_value, None, None, None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a segment.
+
+    Attributes:
+        rows: their packed range.
+        keys: those of the path that one of them sees.
+        outside: how many of these only a window hides from the last row.
+        device: where it is computed.
+    """
+
+    rows: slice
+    keys: slice
+    outside: int
+    device: torch.device
+
+    @cached_property
+    def future(self) -> Tensor:
+        """[rows, rows]: which of the last keys each row does not see yet."""
+        count = self.rows.stop - self.rows.start
+        return torch.ones(count, count, dtype=torch.bool, device=self.device).triu_(1)
+
+    @cached_property
+    def past(self) -> Tensor:
+        """[rows, outside]: which of the first keys each row does not see any more."""
+        count = self.rows.stop - self.rows.start
+        hidden = torch.ones(count, self.outside, dtype=torch.bool, device=self.device)
+        return hidden.tril_(self.outside - count)
+
+
+def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterator[_Block]:
+    limit = CPU_ROWS if stacked.device.type == "cpu" else GPU_ROWS
+    size = max(1, limit // stacked.shape[1])
+    before = segment.length - segment.end  # a packed index plus this is a place in the path
+    for start in range(segment.start, segment.end, size):
+        end = min(start + size, segment.end)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        outside = 0 if window is None else max(0, before + end - window - first)
+        keys = slice(first, before + end)
+        yield _Block(slice(start, end), keys, outside, stacked.device)
+
+
+def _weights(rows: Tensor, keys: Tensor, block: _Block) -> Tensor:
+    """Softmax of the scores of a block's queries [K, G·rows, D] over its keys."""
+    scores = torch.bmm(rows, keys[:, block.keys].mT)
+    count = block.rows.stop - block.rows.start
+    by_row = scores.unflatten(1, (-1, count))
+    by_row[..., -count:].masked_fill_(block.future, float("-inf"))
+    if block.outside:
+        by_row[..., : block.outside].masked_fill_(block.past, float("-inf"))
+    return torch.softmax(scores, dim=-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right; the sum is in fp32 at least, whatever the product is in."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left.mT, right)
+    else:
+        total += torch.bmm(left.mT, right)
+
+
+def _stack(states: Tensor, kv_heads: int) -> Tensor:
+    """[H, N, D] as [K, G, N, D]."""
+    return states.unflatten(0, (kv_heads, -1))
+
+
+def _rows(stacked: Tensor, block: _Block) -> Tensor:
+    """A block's rows of [K, G, N, D] as [K, G·rows, D]."""
+    return stacked[:, :, block.rows].flatten(1, 2)
+
+
+def _put(stacked: Tensor, block: _Block, rows: Tensor) -> None:
+    """The way back."""
+    stacked[:, :, block.rows] = rows.unflatten(1, (stacked.shape[1], -1))
+
+
+def _tokens_first(stacked: Tensor) -> Tensor:
+    """Room for [K, G, N, D], in memory by token, as the layer behind attention reads it."""
+    kv_heads, groups, tokens, width = stacked.shape
+    return stacked.new_empty(tokens, kv_heads, groups, width).permute(1, 2, 0, 3)
+
+
+def _take(states: Tensor, path: list[tuple[int, int]]) -> Tensor:
+    """[K, m, D], dense: products of many rows are worth a copy."""
+    return torch.cat([states[:, start:end] for start, end in path], dim=1)
+
+
+def _give(total: Tensor, parts: Tensor, path: list[tuple[int, int]]) -> None:
+    """Add to each packed token what its place in the path has come to."""
+    sizes = [end - start for start, end in path]
+    for (start, end), part in zip(path, parts.split(sizes, dim=1), strict=True):
+        total[:, start:end] += part
