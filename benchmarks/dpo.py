@@ -110,7 +110,11 @@ def load_groups(options: argparse.Namespace, tokenizer: Any) -> list[Group]:
         if options.work == "ranked":
             others = [rows[-1 - number]["chosen"]["text"], rows[-1 - number]["rejected"]["text"]]
             texts += others
-        groups.append(Group([prompt], [_answer(text, tokenizer) for text in texts]))
+        answers = [_answer(text, tokenizer) for text in texts]
+        if options.answer:
+            times = [-(-options.answer // len(answer)) for answer in answers]
+            answers = [(a * n)[: options.answer] for a, n in zip(answers, times, strict=True)]
+        groups.append(Group([prompt], answers))
     return groups
 
 
@@ -317,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", choices=["rag", "ranked", "unshared"], default="rag")
     parser.add_argument("--groups", type=int, default=2, help="prompts of a step")
     parser.add_argument("--prompt", type=int, default=700, help="tokens of a prompt")
+    parser.add_argument("--answer", type=int, help="tokens of an answer (default: its own)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--reference", choices=["stored", "live"], default="stored")
     parser.add_argument("--micro-batch", type=int, default=4096)

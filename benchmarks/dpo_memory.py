@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
 
 def measure(case: str, length: int, dtype: str) -> float:
     """MiB that one step needs at its peak, on top of the loaded model."""
-    model, tokenizer = load_adapted(dtype)  # pyright: ignore[reportArgumentType]
+    model, tokenizer = load_adapted(dtype, ours=case in ("sft", "stemtune"))  # pyright: ignore[reportArgumentType]
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:

@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> float:
     """MiB that one step of `options.case` needs at its peak, on top of the loaded model."""
-    model, tokenizer = load_adapted(options.dtype)
+    model, tokenizer = load_adapted(options.dtype, ours=options.case == "tree")
     samples = samples_of(options, tokenizer)
     if options.case == "tree":
         step = stemtune_tree(model, tokenizer, budget=sys.maxsize)

@@ -59,7 +59,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """What to train on, and in what: the arguments that sft.py and memory.py share."""
     parser.add_argument("--data", type=Path, default=default_data())
     parser.add_argument("--character", help="the role that is trained (default: by file name)")
-    parser.add_argument("--form", choices=["windows", "multiturn"], default="windows")
+    parser.add_argument("--form", choices=["windows", "multiturn", "single"], default="windows")
     parser.add_argument("--sequences", type=int, default=16, help="turns of the character")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--micro-batch", type=int, default=4096, help="distinct tokens of a tree")

@@ -3,7 +3,8 @@
 A dialogue can be trained in two forms. `windows`: one sample for each turn of the character, with
 the whole dialogue so far as its context. `multiturn`: one sample for the whole dialogue, all of
 the character's turns scored. Both forms of a workload hold the same turns, so also the same
-targets in the same contexts, and their losses are equal.
+targets in the same contexts, and their losses are equal. `single`: each turn behind the one before
+it and nothing else, no template either: short rows that share nothing.
 """
 
 import json
@@ -67,8 +68,15 @@ def load_samples(
     cut = [_messages(data, role, turns) for turns in _first_turns(dialogues, role, windows)]
     if form == "multiturn":
         return [_sample(messages, tokenizer, all_turns=True) for messages in cut]
+    if form == "single":
+        return [
+            _single(messages[end - 1 : end + 1], tokenizer)
+            for messages in cut
+            for end, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
     if form != "windows":
-        raise ValueError(f"form {form!r} is not one of: windows, multiturn")
+        raise ValueError(f"form {form!r} is not one of: windows, multiturn, single")
     return [
         _sample(messages[: end + 1], tokenizer, all_turns=False)
         for messages in cut
@@ -133,6 +141,14 @@ def _sample(messages: list[Message], tokenizer: Any, all_turns: bool) -> Sample:
         for first, last in encoded["offset_mapping"]
     ]
     return Sample(list(encoded["input_ids"]), is_target)
+
+
+def _single(messages: list[Message], tokenizer: Any) -> Sample:
+    before, answer = (
+        tokenizer.encode(message["content"], add_special_tokens=False) for message in messages
+    )
+    answer.append(tokenizer.eos_token_id)
+    return Sample(before + answer, [False] * len(before) + [True] * len(answer))
 
 
 def _span(messages: list[Message], at: int, tokenizer: Any) -> tuple[int, int]:

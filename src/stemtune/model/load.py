@@ -18,7 +18,7 @@ from transformers import (
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model import smollm2
-from stemtune.model.allocator import keep_freed_memory
+from stemtune.model.processor import prepare_processor
 
 log = logging.getLogger(__name__)
 SAMPLES = 64  # values of each weight that go into a base's fingerprint
@@ -33,7 +33,7 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     device = choose_device(config.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_processor()
     dtype = choose_dtype(config.dtype, device)
     source = base_source(config)
     with _explained(config):
