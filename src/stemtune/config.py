@@ -117,6 +117,8 @@ class Source(Section):
     the seed."""
     limit: Positive | None = None
     """Only its first rows."""
+    eval: bool = True
+    """Whether `data.eval_fraction` may hold out of it; false: all of it is trained on."""
 
 
 Path = str | Source | list[str | Source]

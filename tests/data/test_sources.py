@@ -720,6 +720,36 @@ def test_fields_of_csv_are_columns(tmp_path: Path) -> None:
     assert said(path, fields={"context": "Question", "target": "My Answer"}) == SAID[:1]
 
 
+# -- eval -------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_only_trained_on(tmp_path: Path) -> None:
+    """What is held out of the other source stays the same."""
+    a, b = (str(put(tmp_path / f"{n}.jsonl", jsonl(pairs_of_rows(20, n)))) for n in "ab")
+    alone = survey(settings_of([a], eval_fraction=0.3), 0)
+    both = survey(settings_of([a, {"path": b, "eval": False}], eval_fraction=0.3), 0)
+    assert 4 <= both.is_eval.sum() <= 20
+    assert both.is_eval.tolist() == [*alone.is_eval.tolist(), *[False] * 40]
+    free = survey(settings_of([a, b], eval_fraction=0.3), 0)
+    assert free.is_eval[40:].any()
+
+
+def test_what_is_like_a_row_that_is_only_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    rows = pairs_of_rows(4)
+    a = str(put(tmp_path / "a.jsonl", jsonl(rows)))
+    b = str(put(tmp_path / "b.jsonl", jsonl([row for row in rows if row["context"] != "q2"])))
+    found = survey(settings_of([a, {"path": b, "eval": False}], eval_fraction=0.9), 0)
+    held_out = {rows[i]["context"] for i in np.flatnonzero(found.is_eval[:8])}
+    assert held_out <= {"q2"}
+
+
+def test_nothing_may_be_held_out(tmp_path: Path) -> None:
+    path = str(put(tmp_path / "a.jsonl", jsonl(pairs_of_rows(4))))
+    found = survey(settings_of([{"path": path, "eval": False}], eval_fraction=0.5), 0)
+    assert not found.is_eval.any()
+    assert any("nothing is held out" in note for note in found.ledger.notes)
+
+
 # -- weight -----------------------------------------------------------------------------------
 
 

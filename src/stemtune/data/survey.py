@@ -124,7 +124,7 @@ def survey(data: Data, seed: int) -> Survey:
     _refuse_nothing(is_eval, bool(held_out), ledger)
     group, cluster = _groups(columns)
     if not held_out and data.eval_fraction > 0:
-        is_eval = draw(cluster, data.eval_fraction, seed, "eval")
+        is_eval = _held_out(columns, files, cluster, data.eval_fraction, seed)
         if not is_eval.any():
             ledger.notes.append("only one group of rows: nothing is held out")
     found = Survey(
@@ -431,6 +431,18 @@ def _compare_rows(rows: dict[str, NDArray[Any]], files: list[File], ledger: Ledg
     rare = minority_scripts(ledger.scripts)
     if rare.count:
         ledger.findings["another script"] = rare
+
+
+def _held_out(
+    rows: dict[str, NDArray[Any]], files: list[File], cluster: Groups, fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """A share of the groups all of whose sources may be held out."""
+    may = np.repeat(np.array([file.source.eval for file in files])[rows["file"]], rows["records"])
+    may &= ~np.isin(cluster, cluster[~may])
+    is_eval = np.zeros(len(cluster), np.bool_)
+    if may.any():
+        is_eval[may] = draw(cluster[may], fraction, seed, "eval")
+    return is_eval
 
 
 def _repeats(

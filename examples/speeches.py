@@ -1,0 +1,52 @@
+"""Long speeches of the tragedies beside Hamlet, each behind what it answers: the manner.
+
+    python examples/speeches.py speeches.jsonl
+
+From the same package as `hamlet.py`, whose rules for text hold here too. A row looks like this:
+
+    {"prompt": "This is the air-drawn dagger...", "completion": "Prithee, see there! behold! ..."}
+
+A speech counts as long from 60 words on. They are drawn from all of the five plays alike.
+"""
+
+import argparse
+import json
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from hamlet import count_words, parse_play, play_path, shorten
+
+LONG = 60
+
+
+def long_speeches() -> list[dict[str, str]]:
+    """In the order of the plays."""
+    plays = sorted(set(play_path().parent.glob("*.md")) - {play_path()})
+    return [
+        {"prompt": shorten(before.text, keep_end=True), "completion": said}
+        for play in plays
+        for scene in parse_play(play.read_text(encoding="utf-8"))
+        for before, turn in pairwise(scene.turns)
+        if count_words(said := shorten(turn.text, keep_end=False)) >= LONG
+    ]
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description="Speeches of the other tragedies.")
+    parser.add_argument("out", type=Path, help="the JSONL file to write")
+    parser.add_argument("--most", type=int, default=300, help="how many (default: 300)")
+    arguments = parser.parse_args()
+    rows = long_speeches()
+    random.Random(0).shuffle(rows)
+    chosen = rows[: arguments.most]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+    arguments.out.write_text("".join(lines), encoding="utf-8")
+    words = sum(count_words(row["completion"]) for row in chosen)
+    print(f"{arguments.out}: {len(chosen)} speeches with {words} words", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
