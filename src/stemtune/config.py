@@ -69,8 +69,8 @@ class Adapter(Section):
 
     init_from: str | None = None
     """Go on with an adapter: the folder of a run or of an adapter (PEFT's), relative to the run
-    file. `r`, `alpha` and `target_modules` are its own. It is the reference of objectives that have
-    one."""
+    file. `r`, `alpha`, `target_modules` and `layers` are its own. It is the reference of objectives
+    that have one."""
 
     r: Positive = 16
     """Rank of the update."""
@@ -80,6 +80,9 @@ class Adapter(Section):
     """Dropout on the adapter's input. A shared token has one mask for all its sequences."""
     target_modules: str | list[str] = "auto"
     """`auto` (every linear layer of every block), or a list of module names."""
+    layers: Positive | None = None
+    """Adapt this many of the upper blocks; all of them, if left out. What lies below is run forward
+    only, and keeps nothing for the backward pass."""
 
 
 FORMATS = Literal[
@@ -463,6 +466,9 @@ class Train(Section):
     starts from what the free memory should hold, and halves when memory runs out."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    keep_lower_states: bool = False
+    """Keep on disk, for each distinct token, what the blocks below `adapter.layers` give: every
+    epoch then runs the upper blocks alone. The space it takes is said before."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the held-out groups, the order of records, the adapter's start and its dropout."""
     save_steps: Positive = 500

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
-from stemtune import checkpoint, reference
+from stemtune import checkpoint, lower, reference
 from stemtune.config import Config
 from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, prepare
@@ -20,6 +20,7 @@ from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
 from stemtune.figures import held_out_figures, losses_by_record, preferences_of
 from stemtune.interrupt import StopRequest
+from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
 from stemtune.model.load import fingerprint, load_model, load_tokenizer, require_base
@@ -161,9 +162,11 @@ class Trainer:
         self.folder = RunFolder(Path(config.output.dir).absolute())
         self.stop = StopRequest()
         self.stored: reference.StoredReference | None = None
+        self.lower: LowerStates | None = None
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
         self.start = require_adapter(config.adapter, config.model)
+        lower.require_lower_blocks(config)
         require_trackers(config.tracking)
         self.folder.claim(resume)
         try:
@@ -289,6 +292,10 @@ class Trainer:
             with self.folder.phase("computing the reference"):
                 self.stored = self._reference()
             self.folder.write(phase="training")
+        if self.config.train.keep_lower_states:
+            with self.folder.phase("computing the lower states"):
+                self.lower = self._lower_states()
+            self.folder.write(phase="training")
         if start == 0:
             self._evaluate_and_log()
         with console.bar:
@@ -320,6 +327,11 @@ class Trainer:
         return reference.load_or_compute(
             path, key, self.data, self.plan, self.scorer, self._stop_if_asked
         )
+
+    def _lower_states(self) -> LowerStates:
+        states = LowerStates(self.folder.path / lower.FILE, self.scorer, self.data.train)
+        states.compute(self._stop_if_asked)
+        return states
 
     def _references(self, part: Part, records: Seq[int]) -> list[Tensor] | None:
         """For each sequence the reference's log-probabilities; None where no objective has one."""
@@ -429,8 +441,9 @@ class Trainer:
 
     def _loss(self, step: Step) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tree = build_tree(step.sequences)
+        below = None if self.lower is None else self.lower.of(tree)
         with autocast(self.model):
-            logps = target_logprobs(self.model, tree, self.scorer.backend)
+            logps = target_logprobs(self.model, tree, self.scorer.backend, below=below)
         layout = layout_of(step.sequences, logps.device, step.baseline)
         theirs = None if step.references is None else torch.cat(step.references).to(logps.device)
         loss, told = loss_of(self.terms, logps, theirs, layout, step.totals)
@@ -541,6 +554,8 @@ class Trainer:
                         parameter.copy_(tensors[key])
                 folder = "adapter" if name == wanted else f"adapter-{name}"
                 self.save_model(self.folder.path / folder)
+        if self.lower is not None:
+            self.lower.remove()
         return Result(self.folder.path, self.folder.path / "adapter", self.progress.metrics or {})
 
     def save_model(self, folder: str | Path) -> None:

@@ -691,7 +691,7 @@ def no_loading(*_: Any) -> Any:
     raise AssertionError("weights were loaded")
 
 
-@pytest.mark.parametrize("override", ["adapter.r=4", "adapter.alpha=10"])
+@pytest.mark.parametrize("override", ["adapter.r=4", "adapter.alpha=10", "adapter.layers=1"])
 def test_another_rank_or_scale(
     tmp_path: Path,
     tiny_base: Path,

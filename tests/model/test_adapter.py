@@ -57,6 +57,33 @@ def test_settings_reach_peft() -> None:
     assert lora.target_modules == {"q_proj"}
 
 
+@pytest.mark.parametrize("family", ["llama", "glm", "phi"])
+def test_the_upper_blocks(family: str) -> None:
+    """PEFT's own layers of the last block alone; nothing below it needs a gradient."""
+    model = add_adapter(tiny_model(family), Adapter(r=4, layers=1), seed=0)
+    adapted = {name.split("layers.")[1].split(".")[0] for name in trainable(model)}
+    assert adapted == {"1"}
+    seen: list[bool] = []
+    blocks = model.get_base_model().get_decoder().layers
+    blocks[0].register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
+    blocks[1].register_forward_hook(lambda *args: seen.append(args[2].requires_grad))
+    model(input_ids=torch.arange(5)[None])
+    assert seen == [False, True]
+
+
+def test_as_many_blocks_as_there_are_is_all_of_them() -> None:
+    every = set(trainable(add_adapter(tiny_model("llama"), Adapter(r=4), seed=0)))
+    assert set(trainable(add_adapter(tiny_model("llama"), Adapter(r=4, layers=2), seed=0))) == every
+
+
+def test_more_blocks_than_there_are() -> None:
+    with pytest.raises(
+        ConfigError, match="3 blocks are to be adapted, and the base has 2"
+    ) as found:
+        add_adapter(tiny_model("llama"), Adapter(r=4, layers=3), seed=0)
+    assert (found.value.where, found.value.hint) == ("adapter.layers", "at most 2")
+
+
 def test_it_begins_as_the_base_and_by_its_seed() -> None:
     ids = torch.arange(9)[None]
     expected = tiny_model("llama")(ids).logits

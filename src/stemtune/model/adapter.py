@@ -30,7 +30,7 @@ def add_adapter(
         keep_start: keep a frozen copy of an adapter that training goes on with, as the reference.
 
     Raises:
-        ConfigError: no module has such a name.
+        ConfigError: no module has such a name, or the base has fewer blocks.
         ModelError: `init_from` can't be read, or does not fit the base.
     """
     if config.init_from is not None:
@@ -39,12 +39,14 @@ def add_adapter(
             add_start(adapted, config)
         return adapted
     targets = find_targets(model, config.target_modules)
+    layers = upper_layers(model, config.layers)
     torch.manual_seed(seed)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, use_fast_layers(lora))
@@ -143,6 +145,9 @@ def require_adapter(config: Adapter, model: Model) -> str:
     if base not in (None, model.base) and _same_place(str(base)) != _same_place(model.base):
         hint = f"set model.base to {base}, or choose another adapter"
         raise ModelError(f"it was trained on another base: {base}", where=where, hint=hint)
+    if config.layers is not None:
+        hint = "leave adapter.layers out: it comes from adapter.init_from"
+        raise ConfigError("an adapter has its blocks already", where="adapter.layers", hint=hint)
     names = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
     for key, name in names.items():
         ours, its = getattr(config, key), saved.get(name)
@@ -201,6 +206,21 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
         hint = f"this base has {', '.join(names)}; or use auto"
         raise ConfigError(what, where="adapter.target_modules", hint=hint)
     return [wanted] if isinstance(wanted, str) else wanted
+
+
+def upper_layers(model: PreTrainedModel, wanted: int | None) -> list[int] | None:
+    """Numbers of the upper blocks; None for all.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    count: int = model.config.get_text_config().num_hidden_layers
+    if wanted is None or wanted == count:
+        return None
+    if wanted > count:
+        what = f"{wanted} blocks are to be adapted, and the base has {count}"
+        raise ConfigError(what, where="adapter.layers", hint=f"at most {count}")
+    return list(range(count - wanted, count))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

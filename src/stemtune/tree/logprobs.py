@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from stemtune.kernels.head import head_logprobs
-from stemtune.tree import attention
+from stemtune.tree import attention, blocks
+from stemtune.tree.blocks import Below
 from stemtune.tree.build import Tree
 from stemtune.tree.support import has_length_dependent_rope, why_no_tree
 
 
 def target_logprobs(
-    model: nn.Module, tree: Tree, backend: str = "auto", *, keep_attention: bool = False
+    model: nn.Module,
+    tree: Tree,
+    backend: str = "auto",
+    *,
+    keep_attention: bool = False,
+    below: Below | None = None,
 ) -> Tensor:
     """Log-probability of every target, through the model once for each distinct token.
 
@@ -25,6 +31,7 @@ def target_logprobs(
         tree: from `build_tree`.
         backend: `segments`, `varlen`, `flex`, `padded`, or `auto` (the best for the device).
         keep_attention: leave the model's attention implementation as it is (padded only).
+        below: what the lower blocks give, from `lower_states`: they are not run then.
 
     Returns:
         fp32 [T]: sequence by sequence, in order.
@@ -44,18 +51,36 @@ def target_logprobs(
     if reason:
         raise NotImplementedError(f"no tree for this model: {reason}")
     device = base.device
+    rows, tokens = row_of_pair.to(device), token_of_pair.to(device)
+    has_plain_head(base)  # the first look at a model runs all of its blocks
+    with blocks.given(base, below):
+        scores = _score(base, _inputs(base, tree, backend), sources.to(device), rows, tokens)
+    return scores[pair_of_target.to(device)]
+
+
+def lower_states(model: nn.Module, tree: Tree, first: int, backend: str = "auto") -> Tensor:
+    """What the blocks below block `first` give for each packed token: its input, [N, D]."""
+    base = base_model(model)
+    _use_tree_attention(base)
+    with blocks.stopped(base, first) as place:
+        base.get_decoder()(**_inputs(base, tree, backend), use_cache=False)
+    seen: Tensor = place.seen  # pyright: ignore[reportAssignmentType]
+    return seen[0]
+
+
+def _inputs(base: Any, tree: Tree, backend: str) -> dict[str, Any]:
+    """What the decoder is called with for a tree."""
+    device = base.device
     layout = attention.TreeLayout(
         tree, attention.choose_backend(backend, device, base.dtype), device
     )
-    inputs = {
+    return {
         "input_ids": torch.from_numpy(tree.input_ids)[None].to(device),
         "position_ids": layout.position_ids[None],
         # An already prepared 4-D mask is handed on as it is: transformers builds none of its own.
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
         "tree": layout,
     }
-    rows, tokens = row_of_pair.to(device), token_of_pair.to(device)
-    return _score(base, inputs, sources.to(device), rows, tokens)[pair_of_target.to(device)]
 
 
 def _use_tree_attention(base: Any) -> None:
