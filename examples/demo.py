@@ -19,7 +19,7 @@ from stemtune.cli.common import log_to_stderr, quieten_libraries
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo"
-LONG = ["train.num_train_epochs=4", "train.eval_steps=156", "adapter.dropout=0.1"]
+LONG = ["train.num_train_epochs=4", "train.eval_steps=143", "adapter.dropout=0.1"]
 console = Console(highlight=False)
 
 

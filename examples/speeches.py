@@ -6,7 +6,8 @@ From the same package as `hamlet.py`, whose rules for text hold here too. A row 
 
     {"prompt": "This is the air-drawn dagger...", "completion": "Prithee, see there! behold! ..."}
 
-A speech counts as long from 60 words on. They are drawn from all of the five plays alike.
+A speech counts as long from 60 words on. Of what it answers there are just the last sentences, at
+most 25 words: it is the speech that is learned.
 """
 
 import argparse
@@ -16,16 +17,17 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from hamlet import count_words, parse_play, play_path, shorten
+from hamlet import SENTENCE_END, count_words, parse_play, play_path, shorten
 
 LONG = 60
+ASKED = 25
 
 
 def long_speeches() -> list[dict[str, str]]:
     """In the order of the plays."""
     plays = sorted(set(play_path().parent.glob("*.md")) - {play_path()})
     return [
-        {"prompt": shorten(before.text, keep_end=True), "completion": said}
+        {"prompt": last_sentences(before.text), "completion": said}
         for play in plays
         for scene in parse_play(play.read_text(encoding="utf-8"))
         for before, turn in pairwise(scene.turns)
@@ -33,11 +35,18 @@ def long_speeches() -> list[dict[str, str]]:
     ]
 
 
+def last_sentences(text: str) -> str:
+    """As many as `ASKED` words allow; of one that is longer, its end."""
+    starts = [0, *(found.end() for found in SENTENCE_END.finditer(text))]
+    fitting = [text[start:] for start in starts if count_words(text[start:]) <= ASKED]
+    return fitting[0] if fitting else " ".join(text.split()[-ASKED:])
+
+
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description="Speeches of the other tragedies.")
     parser.add_argument("out", type=Path, help="the JSONL file to write")
-    parser.add_argument("--most", type=int, default=300, help="how many (default: 300)")
+    parser.add_argument("--most", type=int, default=250, help="how many (default: 250)")
     arguments = parser.parse_args()
     rows = long_speeches()
     random.Random(0).shuffle(rows)
