@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--case", choices=CASES, help="this case alone, in this process")
     return parser.parse_args()
@@ -48,7 +49,9 @@ def measure(case: str, length: int, dtype: str) -> float:
     ours = case in ("sft", "stemtune")
     # The allocator's settings are stemtune's: the others have the ones that they come with.
     with nullcontext() if ours else mock.patch("stemtune.model.load.prepare_processor"):
-        model, tokenizer = load_adapted(dtype, ours=ours)  # pyright: ignore[reportArgumentType]
+        model, tokenizer = load_adapted(dtype, ours=ours)
+    reset_peak()
+    before = resident("VmRSS")  # what comes later may leave freed memory behind, and use it again  # pyright: ignore[reportArgumentType]
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
@@ -60,14 +63,12 @@ def measure(case: str, length: int, dtype: str) -> float:
         step = stemtune_tree(model, tokenizer, budget=sys.maxsize)
         step(warm_up.samples()[:1])
         reset_peak()
-        before = resident("VmRSS")
         step(group.samples()[:1])
         return resident("VmHWM") - before
     compare = CONTESTANTS[case](model, tokenizer, sys.maxsize)
     compare([warm_up], reference_of(model, [warm_up]))
     references = reference_of(model, [group])
     reset_peak()
-    before = resident("VmRSS")
     compare([group], references)
     return resident("VmHWM") - before
 
@@ -89,14 +90,14 @@ def main() -> None:
     if options.case:
         print(measure(options.case, options.prompts[0], options.dtype))
         return
-    print(f"| prompt | {' | '.join(CASES)} |\n|{'---|' * (len(CASES) + 1)}")
+    print(f"| prompt | {' | '.join(options.cases)} |\n|{'---|' * (len(options.cases) + 1)}")
     figures: dict[int, dict[str, float]] = {}
     for length in options.prompts:
         figures[length] = {}
-        for case in CASES:
+        for case in options.cases:
             note(f"{length} {case} …")
             figures[length][case] = in_own_process(case, length, options.dtype)
-        row = " | ".join(f"{figures[length][case]:,.0f}" for case in CASES)
+        row = " | ".join(f"{figures[length][case]:,.0f}" for case in options.cases)
         print(f"| {length:,} | {row} |", flush=True)
     if options.json:
         document = {"dtype": options.dtype, "answer": ANSWER, "peak_mib": figures}
