@@ -48,6 +48,7 @@ def test_defaults(write) -> None:
             "alpha": 32,
             "dropout": 0.05,
             "target_modules": "auto",
+            "layers": None,
         },
         "data": {
             "path": str(write(DATA).parent / "rows.jsonl"),
@@ -92,6 +93,7 @@ def test_defaults(write) -> None:
             "batch_size": 32,
             "micro_batch_tokens": "auto",
             "activation_checkpointing": False,
+            "keep_lower_states": False,
             "seed": 0,
             "save_steps": 500,
             "save_total_limit": 3,
