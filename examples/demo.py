@@ -19,7 +19,7 @@ from stemtune.cli.common import log_to_stderr, quieten_libraries
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo"
-LONG = ["train.num_train_epochs=4", "train.eval_steps=143", "adapter.dropout=0.1"]
+LONG = ["train.num_train_epochs=4", "train.eval_steps=156", "adapter.dropout=0.1"]
 console = Console(highlight=False)
 
 
@@ -70,7 +70,7 @@ def show_replies(out: Path) -> None:
     from stemtune.chat import Chat
     from stemtune.generate import Sampling
 
-    chat = Chat(out, Sampling(temperature=0.7, max_new_tokens=70, seed=1))
+    chat = Chat(out, Sampling(temperature=0.7, max_new_tokens=50, seed=1))
     table = Table(show_lines=True, width=min(console.width, 110))
     table.add_column("you ask", ratio=2)
     table.add_column("before", ratio=4)

@@ -151,21 +151,22 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
-def shorten(text: str, keep_end: bool) -> str:
-    """Cut a long text where a sentence ends (or, failing that, a clause), to its beginning or end.
+def shorten(text: str, keep_end: bool, most: int = MOST_WORDS) -> str:
+    """Cut a text of more than `most` words where a sentence ends (or, failing that, a clause), to
+    its beginning or end.
 
     A cut that leaves less than a sixth of the words allowed is passed over.
     """
-    if count_words(text) <= MOST_WORDS:
+    if count_words(text) <= most:
         return text
     for boundary in (SENTENCE_END, CLAUSE_END):
         cuts = [found.end() for found in boundary.finditer(text)]
         parts = [(text[cut:] if keep_end else text[:cut]).strip() for cut in cuts]
-        fitting = [part for part in parts if MOST_WORDS // 6 <= count_words(part) <= MOST_WORDS]
+        fitting = [part for part in parts if most // 6 <= count_words(part) <= most]
         if fitting:
             return max(fitting, key=count_words).removeprefix("--")
     words = text.split()
-    return " ".join(words[-MOST_WORDS:] if keep_end else words[:MOST_WORDS])
+    return " ".join(words[-most:] if keep_end else words[:most])
 
 
 def stretches(turns: list[Turn], character: str) -> Iterator[list[Turn]]:

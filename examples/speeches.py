@@ -6,8 +6,8 @@ From the same package as `hamlet.py`, whose rules for text hold here too. A row 
 
     {"prompt": "This is the air-drawn dagger...", "completion": "Prithee, see there! behold! ..."}
 
-A speech counts as long from 60 words on. Of what it answers there are just the last sentences, at
-most 25 words: it is the speech that is learned.
+A speech counts as long from 60 words on, and keeps its first sentences, at most 100 words. Of what
+it answers there are just the last sentences, at most 25 words: it is the speech that is learned.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hamlet import SENTENCE_END, count_words, parse_play, play_path, shorten
 
-LONG = 60
+LONG, MOST = 60, 100
 ASKED = 25
 
 
@@ -27,7 +27,7 @@ def long_speeches() -> list[dict[str, str]]:
     """In the order of the plays."""
     plays = sorted(set(play_path().parent.glob("*.md")) - {play_path()})
     return [
-        {"prompt": last_sentences(before.text), "completion": said}
+        {"prompt": last_sentences(before.text), "completion": shorten(said, False, MOST)}
         for play in plays
         for scene in parse_play(play.read_text(encoding="utf-8"))
         for before, turn in pairwise(scene.turns)
@@ -46,7 +46,7 @@ def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description="Speeches of the other tragedies.")
     parser.add_argument("out", type=Path, help="the JSONL file to write")
-    parser.add_argument("--most", type=int, default=250, help="how many (default: 250)")
+    parser.add_argument("--most", type=int, default=300, help="how many (default: 300)")
     arguments = parser.parse_args()
     rows = long_speeches()
     random.Random(0).shuffle(rows)

@@ -40,7 +40,8 @@ def require_lower_blocks(config: Config) -> None:
     Raises:
         ConfigError: see above.
     """
-    if config.train.keep_lower_states and config.adapter.layers is None:
+    adapter = config.adapter
+    if config.train.keep_lower_states and adapter.layers is None and adapter.init_from is None:
         what = "there are no blocks below the adapter whose states could be kept"
         hint = "set adapter.layers: the upper half of the model's blocks, say"
         raise ConfigError(what, where=WHERE, hint=hint)
