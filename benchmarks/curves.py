@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from base import DTYPES, load_adapted
+from contestants import hand, stemtune_tree
 from memory import reset_peak, resident
-from peers import hand, stemtune_tree
 from sft import note, quiet
 from workload import Sample, separate_work, shared_work
 

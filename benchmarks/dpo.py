@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 from base import DTYPES, load_adapted, load_base
-from peak import matmul_peak, step_flops
-from peers import (
+from contestants import (
     LEARNING_RATE,
     _adamw,
     _fused_head_on_targets,
@@ -40,6 +39,7 @@ from peers import (
     _step_clock,
     autocast,
 )
+from peak import matmul_peak, step_flops
 from sft import check_losses, machine, note, quiet, ratios_to_best_peer
 from torch import Tensor
 from torch.nn import functional as F
@@ -233,7 +233,7 @@ def answer_logp(model: Any, sample: Sample) -> Tensor:
 
 def trl(model: Any, tokenizer: Any, _budget: int, *, head_on_targets: bool = False) -> Step:
     """TRL's DPOTrainer at its best on a CPU: one pair a micro-batch, SDPA, no activation
-    checkpointing, no truncation. Timed as in peers.py."""
+    checkpointing, no truncation. Timed as in contestants.py."""
     import trl as module
     from datasets import Dataset
 
@@ -292,7 +292,7 @@ def trl(model: Any, tokenizer: Any, _budget: int, *, head_on_targets: bool = Fal
 
 
 def trl_head(model: Any, tokenizer: Any, budget: int) -> Step:
-    """TRL with its fused head on targets alone: see peers.py."""
+    """TRL with its fused head on targets alone: see contestants.py."""
     return trl(model, tokenizer, budget, head_on_targets=True)
 
 

@@ -8,8 +8,9 @@ each; the reference is stored.
 
 Cases:
     sft          stemtune on the prompt with its chosen answer alone.
+    sft_both     stemtune on the prompt with one answer as long as both.
     stemtune     both answers, the loss of DPO.
-    trl_head     TRL's DPOTrainer, its head switched to targets (see peers.py).
+    trl_head     TRL's DPOTrainer, its head switched to targets (see contestants.py).
     trl          the same as installed.
 """
 
@@ -18,18 +19,17 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
-from base import DTYPES, load_adapted
+from base import DTYPES
+from contestants import stemtune_tree
 from dpo import CONTESTANTS, Group, reference_of
-from memory import reset_peak, resident
-from peers import stemtune_tree
+from memory import add_allocator_argument, load_for, reset_peak, resident
 from sft import note, quiet
 
-CASES = ["sft", "stemtune", "trl_head", "trl"]
+CASES = ["sft", "sft_both", "stemtune", "trl_head", "trl"]
+OURS = CASES[:3]
 ANSWER = 64
 
 
@@ -39,19 +39,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    add_allocator_argument(parser)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--case", choices=CASES, help="this case alone, in this process")
     return parser.parse_args()
 
 
-def measure(case: str, length: int, dtype: str) -> float:
+def measure(case: str, length: int, dtype: str, allocator: str) -> float:
     """MiB that one step needs at its peak, on top of the loaded model."""
-    ours = case in ("sft", "stemtune")
-    # The allocator's settings are stemtune's: the others have the ones that they come with.
-    with nullcontext() if ours else mock.patch("stemtune.model.load.prepare_processor"):
-        model, tokenizer = load_adapted(dtype, ours=ours)
+    model, tokenizer = load_for(case in OURS, dtype, allocator)
     reset_peak()
-    before = resident("VmRSS")  # what comes later may leave freed memory behind, and use it again  # pyright: ignore[reportArgumentType]
+    before = resident("VmRSS")  # what comes later may leave freed memory behind, and use it again
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
@@ -59,7 +57,9 @@ def measure(case: str, length: int, dtype: str) -> float:
 
     group = Group([draw(length)], [draw(ANSWER), draw(ANSWER)])
     warm_up = Group([draw(8)], [draw(4), draw(4)])
-    if case == "sft":
+    if case == "sft_both":
+        group = Group(group.prompts, [group.answers[0] + group.answers[1]])
+    if case in ("sft", "sft_both"):
         step = stemtune_tree(model, tokenizer, budget=sys.maxsize)
         step(warm_up.samples()[:1])
         reset_peak()
@@ -73,9 +73,10 @@ def measure(case: str, length: int, dtype: str) -> float:
     return resident("VmHWM") - before
 
 
-def in_own_process(case: str, length: int, dtype: str) -> float:
+def in_own_process(case: str, length: int, dtype: str, allocator: str) -> float:
     """`measure` in a fresh interpreter."""
     command = [sys.executable, str(Path(__file__)), "--case", case, "--prompts", str(length)]
+    command += ["--allocator", allocator]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # see memory.py
     output = subprocess.run(
         [*command, "--dtype", dtype], check=True, stdout=subprocess.PIPE, text=True, env=env
@@ -88,7 +89,7 @@ def main() -> None:
     options = parse()
     quiet()
     if options.case:
-        print(measure(options.case, options.prompts[0], options.dtype))
+        print(measure(options.case, options.prompts[0], options.dtype, options.allocator))
         return
     print(f"| prompt | {' | '.join(options.cases)} |\n|{'---|' * (len(options.cases) + 1)}")
     figures: dict[int, dict[str, float]] = {}
@@ -96,11 +97,16 @@ def main() -> None:
         figures[length] = {}
         for case in options.cases:
             note(f"{length} {case} …")
-            figures[length][case] = in_own_process(case, length, options.dtype)
+            figures[length][case] = in_own_process(case, length, options.dtype, options.allocator)
         row = " | ".join(f"{figures[length][case]:,.0f}" for case in options.cases)
         print(f"| {length:,} | {row} |", flush=True)
     if options.json:
-        document = {"dtype": options.dtype, "answer": ANSWER, "peak_mib": figures}
+        document = {
+            "dtype": options.dtype,
+            "allocator": options.allocator,
+            "answer": ANSWER,
+            "peak_mib": figures,
+        }
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

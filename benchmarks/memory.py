@@ -27,10 +27,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from base import load_adapted, load_base
-from peers import hand, stemtune_tree
+from contestants import hand, stemtune_tree
 from sft import add_workload_arguments, note, quiet, samples_of
 from workload import Sample, separate_work, shared_work
 
@@ -44,6 +45,7 @@ def parse() -> argparse.Namespace:
     add_workload_arguments(parser)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--smoke", action="store_true", help="2 sequences")
+    add_allocator_argument(parser)
     parser.add_argument("--case", choices=CASES, help="run this case alone, in this process")
     parser.set_defaults(sequences=8)  # 16 windows padded into one fp32 batch want over 20 GB
     options = parser.parse_args()
@@ -52,12 +54,22 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def add_allocator_argument(parser: argparse.ArgumentParser) -> None:
+    """Which allocator stemtune has here; its peers always have the one that they come with."""
+    what = "stemtune's settings, as in life, or each block given back at once: what is alive alone"
+    parser.add_argument("--allocator", choices=["own", "plain"], default="own", help=what)
+
+
+def load_for(ours: bool, dtype: str, allocator: str) -> Any:
+    """The model with its adapter, and its tokenizer; the allocator made ready or left alone."""
+    own = ours and allocator == "own"
+    with nullcontext() if own else mock.patch("stemtune.model.load.prepare_processor"):
+        return load_adapted(dtype, ours=ours)
+
+
 def measure(options: argparse.Namespace) -> float:
     """MiB that one step of `options.case` needs at its peak, on top of the loaded model."""
-    ours = options.case == "tree"
-    # The allocator's settings are stemtune's: the others have the ones that they come with.
-    with nullcontext() if ours else mock.patch("stemtune.model.load.prepare_processor"):
-        model, tokenizer = load_adapted(options.dtype, ours=ours)
+    model, tokenizer = load_for(options.case == "tree", options.dtype, options.allocator)
     samples = samples_of(options, tokenizer)
     if options.case == "tree":
         step = stemtune_tree(model, tokenizer, budget=sys.maxsize)

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 import transformers
 from base import DTYPES, load_adapted, load_base
+from contestants import CONTESTANTS, PEERS, Step, work_of
 from peak import matmul_peak, step_flops
-from peers import CONTESTANTS, PEERS, Step, work_of
 from workload import Sample, Work, default_data, load_samples, separate_work, shared_work
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # relative for fp32 (four digits), else absolute

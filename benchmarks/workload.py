@@ -62,23 +62,30 @@ def load_samples(
     Raises:
         ValueError: a form that does not exist, or data with fewer turns than asked for.
     """
+    talks = conversations(data, character, form, windows)
+    if form == "single":
+        return [_single(messages, tokenizer) for messages in talks]
+    return [_sample(messages, tokenizer, all_turns=form == "multiturn") for messages in talks]
+
+
+def conversations(
+    data: Path, character: str | None, form: str, windows: int
+) -> list[list[Message]]:
+    """The messages of each sample.
+
+    Raises:
+        ValueError: as `load_samples`.
+    """
     rows = data.read_text(encoding="utf-8").splitlines()
     dialogues = [json.loads(row)["dialogue"] for row in rows if row.strip()]
     role = find_character(data, dialogues, character)
     cut = [_messages(data, role, turns) for turns in _first_turns(dialogues, role, windows)]
     if form == "multiturn":
-        return [_sample(messages, tokenizer, all_turns=True) for messages in cut]
-    if form == "single":
-        return [
-            _single(messages[end - 1 : end + 1], tokenizer)
-            for messages in cut
-            for end, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-    if form != "windows":
+        return cut
+    if form not in ("windows", "single"):
         raise ValueError(f"form {form!r} is not one of: windows, multiturn, single")
     return [
-        _sample(messages[: end + 1], tokenizer, all_turns=False)
+        messages[end - 1 if form == "single" else 0 : end + 1]
         for messages in cut
         for end, message in enumerate(messages)
         if message["role"] == "assistant"

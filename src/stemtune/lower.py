@@ -154,9 +154,17 @@ def _mixed(x: Keys) -> Keys:
 
 def _distinct(part: Part) -> tuple[Keys, Keys]:
     """The keys of all prefixes of a part, by the first of the two numbers."""
-    found = np.empty((0, len(SALTS)), np.uint64)
+    found, fresh = np.empty((0, len(SALTS)), np.uint64), list[Keys]()
     for start in range(0, len(part), AT_ONCE):
         sequences = part.of(range(start, min(start + AT_ONCE, len(part))))
-        keys = np.concatenate([found, *(prefix_keys(s.input_ids) for s in sequences)])
-        found = keys[np.unique(keys[:, 0], return_index=True)[1]]
+        fresh += (prefix_keys(sequence.input_ids) for sequence in sequences)
+        # Merged when there are as many again, so that a row is sorted only now and then.
+        if sum(map(len, fresh)) > len(found):
+            found, fresh = _merged([found, *fresh]), []
+    found = _merged([found, *fresh])
     return np.ascontiguousarray(found[:, 0]), np.ascontiguousarray(found[:, 1])
+
+
+def _merged(parts: list[Keys]) -> Keys:
+    keys = np.concatenate(parts)
+    return keys[np.unique(keys[:, 0], return_index=True)[1]]

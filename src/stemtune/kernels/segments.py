@@ -10,7 +10,7 @@ n tokens and its path (ancestors and itself) m.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -70,12 +70,12 @@ class _Segments(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        queries = _stack(query, key.shape[0])
+        queries = _stack(query * scale, key.shape[0])
         output = _tokens_first(queries)
         for segment in segments:
             keys, values = _take(key, segment.path), _take(value, segment.path)
             for block in _blocks(segment, queries, window):
-                weights = _weights(_rows(queries, block) * scale, keys, block)
+                weights = _weights(_rows(queries, block), keys, block)
                 _put(output, block, torch.bmm(weights, values[:, block.keys]))
         ctx.save_for_backward(query, key, value, output)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
@@ -85,7 +85,8 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output = ctx.saved_tensors
         wide = torch.promote_types(query.dtype, torch.float32)
-        queries, above = _stack(query, key.shape[0]), _stack(grads[0], key.shape[0])
+        queries = _stack(query * ctx.scale, key.shape[0])
+        above = _stack(grads[0], key.shape[0])
         # rowsum(∂O ∘ O), what softmax takes off each row
         mean = (above * output).sum(-1, keepdim=True, dtype=wide).to(query.dtype)
         to_query = _tokens_first(queries)
@@ -97,15 +98,16 @@ class _Segments(torch.autograd.Function):
             keys, values = _take(key, segment.path), _take(value, segment.path)
             to_keys, to_values = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
             for block in _blocks(segment, queries, ctx.window):
-                rows, own = _rows(queries, block) * ctx.scale, _rows(above, block)
+                rows, own = _rows(queries, block), _rows(above, block)
                 weights = _weights(rows, keys, block)
                 to_scores = torch.bmm(own, values[:, block.keys].mT)
                 to_scores.sub_(_rows(mean, block)).mul_(weights)
                 _add_product(to_values[:, block.keys], weights, own)
                 _add_product(to_keys[:, block.keys], to_scores, rows)
-                _put(to_query, block, torch.bmm(to_scores, keys[:, block.keys]).mul_(ctx.scale))
+                _put(to_query, block, torch.bmm(to_scores, keys[:, block.keys]))
             _give(to_key, to_keys, segment.path)
             _give(to_value, to_values, segment.path)
+        to_query.mul_(ctx.scale)
         to_key, to_value = to_key.to(key.dtype), to_value.to(value.dtype)
         return to_query.flatten(0, 1), to_key, to_value, None, None, None
 
@@ -125,12 +127,6 @@ class _Block:
     keys: slice
     outside: int
     device: torch.device
-
-    @cached_property
-    def future(self) -> Tensor:
-        """[rows, rows]: which of the last keys each row does not see yet."""
-        count = self.rows.stop - self.rows.start
-        return torch.ones(count, count, dtype=torch.bool, device=self.device).triu_(1)
 
     @cached_property
     def past(self) -> Tensor:
@@ -157,10 +153,16 @@ def _weights(rows: Tensor, keys: Tensor, block: _Block) -> Tensor:
     scores = torch.bmm(rows, keys[:, block.keys].mT)
     count = block.rows.stop - block.rows.start
     by_row = scores.unflatten(1, (-1, count))
-    by_row[..., -count:].masked_fill_(block.future, float("-inf"))
+    by_row[..., -count:].masked_fill_(_future(count, rows.device), float("-inf"))
     if block.outside:
         by_row[..., : block.outside].masked_fill_(block.past, float("-inf"))
     return torch.softmax(scores, dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _future(count: int, device: torch.device) -> Tensor:
+    """[rows, rows]: which of the last keys each row does not see yet."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
