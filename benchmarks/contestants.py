@@ -52,6 +52,11 @@ def stemtune_tree(model: Any, _tokenizer: Any, budget: int) -> Step:
     return step
 
 
+def stemtune_alone(model: Any, tokenizer: Any, _budget: int) -> Step:
+    """Each sample as a tree of its own: the execution without the sharing."""
+    return stemtune_tree(model, tokenizer, 1)
+
+
 def hand(model: Any, _tokenizer: Any, _budget: int, batch: int = 1) -> Step:
     """A plain loop, as good as one gets without sharing: `batch` samples at a time through the
     decoder, hidden states gathered at the sources, the head on those alone, softmax in fp32."""
@@ -215,7 +220,11 @@ PEERS: dict[str, Maker] = {
     "hand": hand,
     "hand_batch4": hand_batch4,
 }
-CONTESTANTS: dict[str, Maker] = {"stemtune": stemtune_tree, **PEERS}
+CONTESTANTS: dict[str, Maker] = {
+    "stemtune": stemtune_tree,
+    "stemtune_alone": stemtune_alone,
+    **PEERS,
+}
 
 
 def work_of(name: str, samples: Sequence[Sample], budget: int) -> Work:

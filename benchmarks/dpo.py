@@ -312,7 +312,7 @@ def work_of(name: str, groups: Seq[Group]) -> Work:
 # -- the run ----------------------------------------------------------------------------------
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     shared = ROOT.parent / "shared/data/rag/halueval_preferences.jsonl"
@@ -330,7 +330,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peak-seconds", type=float, default=2.0)
     parser.add_argument("--json", type=Path, help="where to write the raw figures")
     parser.add_argument("--smoke", action="store_true", help="1 prompt, 1 round")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.smoke:
         options.groups, options.rounds = 1, 1
     options.contestants = options.contestants.split(",")

@@ -55,15 +55,15 @@ def parse() -> argparse.Namespace:
 
 
 def add_allocator_argument(parser: argparse.ArgumentParser) -> None:
-    """Which allocator stemtune has here; its peers always have the one that they come with."""
-    what = "stemtune's settings, as in life, or each block given back at once: what is alive alone"
-    parser.add_argument("--allocator", choices=["own", "plain"], default="own", help=what)
+    """Whose allocator keeps freed memory: stemtune's alone, as in life, everyone's, or nobody's,
+    so that the peak is what is alive."""
+    parser.add_argument("--allocator", choices=["own", "everyone", "plain"], default="own")
 
 
 def load_for(ours: bool, dtype: str, allocator: str) -> Any:
     """The model with its adapter, and its tokenizer; the allocator made ready or left alone."""
-    own = ours and allocator == "own"
-    with nullcontext() if own else mock.patch("stemtune.model.load.prepare_processor"):
+    keeps = allocator == "everyone" or (ours and allocator == "own")
+    with nullcontext() if keeps else mock.patch("stemtune.model.load.prepare_processor"):
         return load_adapted(dtype, ours=ours)
 
 

@@ -32,6 +32,7 @@ from workload import Sample, Work, default_data, load_samples, separate_work, sh
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # relative for fp32 (four digits), else absolute
 WARM_UP_SAMPLES = 1
+OURS = ("stemtune", "stemtune_alone")
 
 Record = dict[str, Any]
 
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace, samples: list[Sample]) -> list[Record]:
     steps: dict[str, Step] = {}
     flops: dict[str, float] = {}
     for name in options.contestants:
-        model, tokenizer = load_adapted(options.dtype, ours=name == "stemtune")
+        model, tokenizer = load_adapted(options.dtype, ours=name in OURS)
         steps[name] = CONTESTANTS[name](model, tokenizer, options.micro_batch)
         flops[name] = step_flops(model, work_of(name, samples, options.micro_batch))
         warm_up, _ = steps[name](longest)
@@ -158,6 +159,22 @@ def ratios_to_best_peer(records: list[Record], name: str) -> list[float]:
     return ratios
 
 
+def sharing(records: list[Record], samples: list[Sample]) -> str:
+    """Seconds of the tree ÷ (share of distinct tokens × seconds without sharing): 1 is what the
+    arithmetic of distinct tokens promises. Empty where one of the two did not take part."""
+    seconds = {(r["contestant"], r["round"]): r["seconds"] for r in records}
+    pairs = [
+        (value, seconds[OURS[1], turn])
+        for (name, turn), value in seconds.items()
+        if name == OURS[0] and (OURS[1], turn) in seconds
+    ]
+    if not pairs:
+        return ""
+    share = shared_work(samples).tokens / separate_work(samples).tokens
+    ratio = statistics.median(tree / (share * alone) for tree, alone in pairs)
+    return f"wall time ÷ (distinct share {share:.3f} × without sharing): {ratio:.2f}\n"
+
+
 def check_losses(records: list[Record], dtype: str) -> str:
     """The losses of every round, side by side, and how far apart they are at most: relative in
     fp32, absolute in bfloat16, where rounding alone makes the paths drift apart.
@@ -219,7 +236,7 @@ def main() -> None:
         document = {"options": kept, "machine": machine(), "work": work, "records": records}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(records, options, samples))
-    print()
+    print(sharing(records, samples))
     print(check_losses(records, options.dtype))
 
 

@@ -19,6 +19,7 @@ from stemtune.config import Config
 from stemtune.data.prepare import Part
 from stemtune.errors import ConfigError, DiskError
 from stemtune.metrics import track
+from stemtune.model.adapter import has_all_blocks
 from stemtune.score import AT_ONCE, Scorer, autocast
 from stemtune.tree.blocks import Below, has_blocks
 from stemtune.tree.build import Tree, build_tree
@@ -35,13 +36,13 @@ Keys = NDArray[np.uint64]
 
 
 def require_lower_blocks(config: Config) -> None:
-    """Refuse a run file without blocks below the adapter, before weights load.
+    """Refuse a run file without blocks below the adapter, before weights load. Call
+    `require_adapter` first.
 
     Raises:
         ConfigError: see above.
     """
-    adapter = config.adapter
-    if config.train.keep_lower_states and adapter.layers is None and adapter.init_from is None:
+    if config.train.keep_lower_states and has_all_blocks(config.adapter):
         what = "there are no blocks below the adapter whose states could be kept"
         hint = "set adapter.layers: the upper half of the model's blocks, say"
         raise ConfigError(what, where=WHERE, hint=hint)

@@ -160,6 +160,22 @@ def test_without_lower_blocks(tmp_path: Path, tiny_base: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_without_lower_blocks_in_the_adapter_that_it_goes_on_with(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    for name, setting in (("all", "adapter.r=4"), ("upper", "adapter.layers=1")):
+        st.train(make_config(tmp_path / name, tiny_base, setting, "train.max_steps=1"))
+        start = f"adapter.init_from={tmp_path / name / 'run'}"
+        kept = "train.keep_lower_states=true"
+        config = make_config(tmp_path / f"on-{name}", tiny_base, start, kept, "train.max_steps=1")
+        if name == "upper":
+            st.train(config)
+            continue
+        with pytest.raises(ConfigError, match="no blocks below the adapter"):
+            st.train(config)
+        assert not (tmp_path / "on-all" / "run").exists()
+
+
 @pytest.mark.parametrize("setting", ["adapter.layers=2", "model.attention=padded"])
 def test_what_can_not_be_kept(tmp_path: Path, tiny_base: Path, setting: str) -> None:
     with pytest.raises(ConfigError) as found:

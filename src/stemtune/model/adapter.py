@@ -161,6 +161,14 @@ def require_adapter(config: Adapter, model: Model) -> str:
     return hashlib.sha256(text + weights).hexdigest()
 
 
+def has_all_blocks(config: Adapter) -> bool:
+    """Whether no block is left alone. Call `require_adapter` first."""
+    if config.init_from is None:
+        return config.layers is None
+    path = adapter_folder(Path(config.init_from)) / "adapter_config.json"
+    return not json.loads(path.read_bytes()).get("layers_to_transform")
+
+
 def _base_of(folder: Path) -> str | None:
     """The base of an adapter of stemtune's; None where it does not say.
 
