@@ -1,8 +1,9 @@
-"""The same SFT step by stemtune and by other tools, each in a process and an environment of its
-own, in turns.
+"""The same step by stemtune and by other tools, each in a process and an environment of its own,
+with the allocator that it comes with, in turns.
 
     python benchmarks/peers/compare.py --dtype bfloat16 --json compare.json
     python benchmarks/peers/compare.py --sequences 2 --rounds 1 --contestants stemtune,swift
+    python benchmarks/peers/compare.py --work rag --contestants stemtune,hand,trl_head
 
 Rounds, ratios and the processor's peak are as in sft.py; the order rotates from round to round. A
 worker's first step is a warm-up: it is not timed, and its loss, before any update, must agree.
@@ -21,14 +22,16 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 sys.path.insert(0, str(FOLDER.parent))
 
-from base import DTYPES, load_base
+import dpo
+from base import DTYPES, load_adapted, load_base
 from peak import matmul_peak
 from sft import add_workload_arguments, describe, machine, note, quiet, samples_of
-from workload import conversations, shared_work
+from workload import conversations
 
 from stemtune.model.smollm2 import converted_folder
 
 OWN = ("stemtune", "hand", "trl_head", "trl")
+DPO = ("rag", "ranked", "unshared")
 OTHERS = {"swift": "swift_sft.py", "llamafactory": "llamafactory_sft.py"}
 
 
@@ -81,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     add_workload_arguments(parser)
     parser.set_defaults(sequences=8)
+    parser.add_argument("--work", choices=["sft", *DPO], default="sft", help="see dpo.py")
     parser.add_argument("--contestants", default="stemtune,hand,trl_head,swift,llamafactory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak-seconds", type=float, default=2.0)
@@ -90,23 +94,36 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def work_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What own.py is given, as JSON has it."""
+    if options.work == "sft":
+        samples = samples_of(options, load_base(options.dtype)[1])
+        describe(samples, options)
+        return {"samples": [vars(sample) for sample in samples]}
+    groups = "2" if options.work == "unshared" else "1"
+    arguments = ["--work", options.work, "--groups", groups, "--dtype", options.dtype]
+    model, tokenizer = load_adapted(options.dtype)
+    found = dpo.load_groups(dpo.parse(arguments), tokenizer)
+    references = dpo.reference_of(model, found)
+    return {"groups": [vars(group) for group in found], "references": references}
+
+
 def start(options: argparse.Namespace, folder: Path) -> list[Worker]:
     """All workers, each through its warm-up, one after the other."""
-    samples = samples_of(options, load_base(options.dtype)[1])
-    describe(samples, options)
-    work = folder / "samples.json"
-    work.write_text(json.dumps([vars(sample) for sample in samples]), encoding="utf-8")
+    work = work_of(options)
+    file = folder / "work.json"
+    file.write_text(json.dumps(work), encoding="utf-8")
     talks = conversations(options.data, options.character, options.form, options.sequences)
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in talks]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     workers: list[Worker] = []
     for name in options.contestants:
         if name in OWN:
-            command = [sys.executable, str(FOLDER / "own.py"), name, options.dtype, str(work)]
+            command = [sys.executable, str(FOLDER / "own.py"), name, options.dtype, str(file)]
         else:
             python = ROOT / ".venv-peers" / name / "bin/python"
             command = [str(python), str(FOLDER / OTHERS[name]), options.dtype]
-            command += [str(converted_folder()), str(folder / "rows.jsonl"), str(len(samples))]
+            command += [str(converted_folder()), str(folder / "rows.jsonl"), str(len(talks))]
             if not python.exists():
                 note(f"{name}: no environment; bash benchmarks/peers/make_env.sh {name}")
                 continue
@@ -176,7 +193,6 @@ def main() -> None:
         finally:
             for worker in workers:
                 worker.end()
-        work = shared_work(samples_of(options, load_base(options.dtype)[1]))
     print(table(workers, records))
     if options.json:
         kept = {k: v for k, v in vars(options).items() if k not in ("data", "json")}
@@ -185,7 +201,6 @@ def main() -> None:
         document = {
             "options": kept,
             "machine": machine(),
-            "distinct_tokens": work.tokens,
             "first_loss": losses,
             "failed": failed,
             "records": records,
