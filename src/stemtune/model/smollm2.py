@@ -3,14 +3,18 @@
 It is converted to safetensors once, in the user's cache.
 """
 
+import logging
 import shutil
 import uuid
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 from stemtune.cache import cache_folder
 from stemtune.errors import ModelError
 
+log = logging.getLogger(__name__)
 NAME = "smollm2"
 
 
@@ -60,12 +64,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder.mkdir(parents=True)
+    log.info("%s is converted, once: about 20 seconds", NAME)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    with redirect_stderr(StringIO()):  # a bar that no setting of transformers' switches off
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
