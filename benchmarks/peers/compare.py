@@ -85,6 +85,8 @@ def parse() -> argparse.Namespace:
     add_workload_arguments(parser)
     parser.set_defaults(sequences=8)
     parser.add_argument("--work", choices=["sft", *DPO], default="sft", help="see dpo.py")
+    parser.add_argument("--prompt", type=int, default=700, help="tokens of a prompt, for DPO")
+    parser.add_argument("--answer", type=int, default=0, help="tokens of an answer, for DPO")
     parser.add_argument("--contestants", default="stemtune,hand,trl_head,swift,llamafactory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak-seconds", type=float, default=2.0)
@@ -102,6 +104,7 @@ def work_of(options: argparse.Namespace) -> dict[str, Any]:
         return {"samples": [vars(sample) for sample in samples]}
     groups = "2" if options.work == "unshared" else "1"
     arguments = ["--work", options.work, "--groups", groups, "--dtype", options.dtype]
+    arguments += ["--prompt", str(options.prompt), "--answer", str(options.answer)]
     model, tokenizer = load_adapted(options.dtype)
     found = dpo.load_groups(dpo.parse(arguments), tokenizer)
     references = dpo.reference_of(model, found)
