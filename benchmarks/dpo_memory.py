@@ -3,8 +3,7 @@
     python benchmarks/dpo_memory.py
     python benchmarks/dpo_memory.py --prompts 256 1024 --json dpo-memory.json
 
-Each case runs in a process of its own; what is counted is as in memory.py. Answers have 64 tokens
-each; the reference is stored.
+Each case runs in a process of its own. Answers have 64 tokens each; the reference is stored.
 
 Cases:
     sft          stemtune on the prompt with its chosen answer alone.
@@ -19,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,30 +46,28 @@ def parse() -> argparse.Namespace:
 
 
 def measure(case: str, length: int, dtype: str, allocator: str) -> float:
-    """MiB that one step needs at its peak, on top of the loaded model."""
+    """MiB that the second of two equal steps needs at its peak, on top of what is resident between
+    them: the first one reads the weights, loads code and makes the optimizer's state."""
     model, tokenizer = load_for(case in OURS, dtype, allocator)
-    reset_peak()
-    before = resident("VmRSS")  # what comes later may leave freed memory behind, and use it again
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
         return torch.randint(100, 40_000, (count,), generator=generator).tolist()
 
-    group = Group([draw(length)], [draw(ANSWER), draw(ANSWER)])
-    warm_up = Group([draw(8)], [draw(4), draw(4)])
-    if case == "sft_both":
-        group = Group(group.prompts, [group.answers[0] + group.answers[1]])
+    prompt, answers = draw(length), [draw(ANSWER), draw(ANSWER)]
     if case in ("sft", "sft_both"):
-        step = stemtune_tree(model, tokenizer, budget=sys.maxsize)
-        step(warm_up.samples()[:1])
-        reset_peak()
-        step(group.samples()[:1])
-        return resident("VmHWM") - before
-    compare = CONTESTANTS[case](model, tokenizer, sys.maxsize)
-    # Any numbers will do: to compute them would leave traces of its own.
-    compare([warm_up], [[0.0] * len(answer) for answer in warm_up.answers])
+        answer = answers[0] if case == "sft" else answers[0] + answers[1]
+        samples = Group([prompt], [answer]).samples()
+        train = stemtune_tree(model, tokenizer, budget=sys.maxsize)
+        step = partial(train, samples)
+    else:
+        compare = CONTESTANTS[case](model, tokenizer, sys.maxsize)
+        # Any numbers will do for the reference.
+        step = partial(compare, [Group([prompt], answers)], [[0.0] * ANSWER] * 2)
+    step()
     reset_peak()
-    compare([group], [[0.0] * ANSWER] * 2)
+    before = resident("VmRSS")
+    step()
     return resident("VmHWM") - before
 
 

@@ -4,7 +4,9 @@ messages."""
 import json
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 from turns import Driver, pace
 
@@ -31,6 +33,9 @@ def main(dtype: str, base: str, rows: Path, count: int) -> None:
     driver = Driver()
     os.environ["DISABLE_VERSION_CHECK"] = "1"
     describe(rows)
+    # Imported by it, not used for text; the real one does not load beside a torch for CPUs.
+    torchaudio = sys.modules["torchaudio"] = ModuleType("torchaudio")
+    torchaudio.__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.train.tuner import run_exp
 
     run_exp(
