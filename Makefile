@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CODE := src tests benchmarks examples
 
-.PHONY: setup demo demo-long demo-dpo test check format lint types bench docs
+.PHONY: setup demo demo-long demo-dpo test check format lint types audit chaos bench docs
 
 setup: $(READY)
 
@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Hamlet in five minutes: data, training, before and after
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py
 
-demo-long: $(READY)  ## the same with more steps: what five minutes can't show
+demo-long: $(READY)  ## more of the tragedies: what five minutes can't show
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo.py --long
 
 demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their passages
@@ -28,7 +28,7 @@ demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their 
 test: $(READY)
 	$(BIN)/python -m pytest
 
-check: format lint types test
+check: format lint types audit test
 
 format: $(READY)
 	$(BIN)/ruff format --check $(CODE)
@@ -38,6 +38,15 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/pyright
+
+audit:  ## known weaknesses of the pinned packages; a machine without a network can't know
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+		.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit; }
+	@.venv-audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt --progress-spinner off \
+		|| { test -z "$(STRICT)" && echo "audit: see above; or there is no network"; }
+
+chaos: $(READY)  ## break runs on purpose, by the hundred: what was tried, what held
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 
 docs: $(READY)  ## the generated reference of the run file
 	$(BIN)/python docs/make_reference.py

@@ -1,6 +1,6 @@
 """Hamlet, before and after: data, training, held-out loss, three replies side by side.
 
-`make demo` runs it; `make demo-long` gives it more steps.
+`make demo` runs it; `make demo-long` gives it four times as many speeches.
 """
 
 import argparse
@@ -19,14 +19,15 @@ from stemtune.cli.common import log_to_stderr, quieten_libraries
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo"
-LONG = ["train.num_train_epochs=4", "train.eval_steps=156", "adapter.dropout=0.1"]
+LONG = ["train.eval_steps=103"]
+ALL_SPEECHES = ["--least", "20", "--most", "10000"]
 console = Console(highlight=False)
 
 
 def main() -> None:
     """Build the data, train, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="four epochs, not one")
+    parser.add_argument("--long", action="store_true", help="four times as many speeches")
     long = parser.parse_args().long
     started = time.perf_counter()
     quieten_libraries()
@@ -34,7 +35,8 @@ def main() -> None:
     DEMO.mkdir(exist_ok=True)
     files = {name: DEMO / f"{name}.jsonl" for name in ("hamlet", "speeches")}
     for name, file in files.items():
-        subprocess.run([sys.executable, str(HERE / f"{name}.py"), str(file)], check=True)
+        more = ALL_SPEECHES if long and name == "speeches" else []
+        subprocess.run([sys.executable, str(HERE / f"{name}.py"), str(file), *more], check=True)
     out = DEMO / ("hamlet-long" if long else "hamlet")
     shutil.rmtree(out, ignore_errors=True)
     sources = [str(files["hamlet"]), {"path": str(files["speeches"]), "eval": False}]
@@ -49,8 +51,8 @@ def main() -> None:
     if not long:
         console.print(
             "\nWhat so few minutes can't show: a 135M model that has read the play once has his\n"
-            "manner, not his mind, and it loses the thread. `make demo-long` reads it four times;\n"
-            "a larger base (model.base) does the rest."
+            "manner, not his mind, and it loses the thread. `make demo-long` reads more of the\n"
+            "tragedies; a larger base (model.base) does the rest."
         )
 
 

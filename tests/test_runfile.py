@@ -38,6 +38,8 @@ def test_defaults(write) -> None:
         "model": {
             "base": "smollm2",
             "revision": None,
+            "allow_pickled": False,
+            "trust_remote_code": False,
             "dtype": "auto",
             "device": "auto",
             "attention": "auto",
@@ -97,9 +99,17 @@ def test_defaults(write) -> None:
             "seed": 0,
             "save_steps": 500,
             "save_total_limit": 3,
+            "keep_every": None,
             "eval_steps": None,
+            "on_nonfinite": "stop",
+            "max_skipped_steps": 10,
+            "time_limit": None,
         },
-        "output": {"dir": "runs/stemtune", "final_adapter": "best"},
+        "output": {
+            "dir": "runs/stemtune",
+            "on_existing": "refuse",
+            "final_adapter": "best",
+        },
         "tracking": {"trackers": ["tensorboard"], "project": "stemtune"},
     }
 
@@ -112,6 +122,15 @@ def test_numbers_as_people_write_them(write, text: str, value: float) -> None:
     in_file = st.load_config(write(f"{DATA}train:\n  learning_rate: {text}\n"))
     override = st.load_config(write(DATA), [f"train.learning_rate={text}"])
     assert in_file.train.learning_rate == override.train.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("3600", 3600), ("1:30", 90), ("11:50:00", 42600), ("0:00:20", 20)]
+)
+def test_time_as_people_write_it(write, text: str, seconds: int) -> None:
+    in_file = st.load_config(write(f"{DATA}train:\n  time_limit: {text}\n"))
+    override = st.load_config(write(DATA), [f"train.time_limit={text}"])
+    assert in_file.train.time_limit == override.train.time_limit == seconds
 
 
 def test_overrides_are_laid_over_the_file_in_order(write) -> None:
@@ -316,12 +335,12 @@ def test_settings_that_decide_what_is_trained(write) -> None:
     assert training_settings(st.load_config(write(DATA), harmless)) == before
     changed = ["train.seed=7", "data.system=S", "adapter.r=8", *harmless]
     now = training_settings(st.load_config(write(DATA), changed))
-    assert settings_difference(before, now) == [
-        "adapter.r: 16 → 8",
-        "data.system: None → 'S'",
-        "train.seed: 0 → 7",
-    ]
-    assert settings_difference({"a": 1, "b": 2}, {"b": 2, "c": 3}) == [
-        "a: 1 → None",
-        "c: None → 3",
-    ]
+    assert settings_difference(before, now) == {
+        "adapter.r": "16 → 8",
+        "data.system": "None → 'S'",
+        "train.seed": "0 → 7",
+    }
+    assert settings_difference({"a": 1, "b": 2}, {"b": 2, "c": 3}) == {
+        "a": "1 → None",
+        "c": "None → 3",
+    }

@@ -555,7 +555,7 @@ def test_changed_rows_are_refused(finished: Path, name: str) -> None:
     write_rows(finished / name, rows if name == "held_out.jsonl" else dialogue_rows()[::-1])
     with pytest.raises(ConfigError, match="can't resume") as raised:
         resume(finished)
-    assert raised.value.what.endswith(" has changed: the data")
+    assert raised.value.what.endswith(" has changed: data: is not what it was")
 
 
 def test_a_changed_base_is_refused(finished: Path, tiny_base: Path) -> None:

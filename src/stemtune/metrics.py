@@ -16,7 +16,7 @@ from rich.progress import track as rich_track
 
 from stemtune.config import Tracking
 from stemtune.errors import ConfigError
-from stemtune.rundir import write_text
+from stemtune.rundir import sync, write_text
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]
@@ -63,6 +63,10 @@ class MetricsFile:
                 break
         return result
 
+    def sync(self) -> None:
+        """Have the disk hold what was written."""
+        sync(self.path)
+
     def write(self, line: Metrics) -> None:
         """Add a line."""
         with self.path.open("a", encoding="utf-8") as file:
@@ -89,8 +93,9 @@ class ConsoleProgress:
         """Show a step."""
         accuracy = line.get("rewards_accuracy")
         preferred = "" if accuracy is None else f"accuracy {accuracy:.2f}  "
+        loss = "skipped" if line["loss"] is None else f"loss {line['loss']:.3f}"
         numbers = (
-            f"loss {line['loss']:.3f}  {preferred}{_short(line['tokens'] / line['seconds'])} tok/s "
+            f"{loss}  {preferred}{_short(line['tokens'] / line['seconds'])} tok/s "
             f"({_short(line['distinct_tokens'] / line['seconds'])} distinct)"
         )
         self.bar.update(self.task, completed=line["step"], numbers=numbers)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from stemtune.errors import DiskError, OutputBusyError, StemtuneError
+from stemtune.redact import Redacting, redacted
 
 State = Literal["running", "done", "failed", "interrupted"]
 
@@ -68,8 +69,10 @@ class RunFolder:
 
     def _refuse_results(self) -> None:
         """Another run's checkpoints or adapter, or a folder of something else altogether."""
-        names = {entry.name for entry in self.path.iterdir()} - {".lock", "stages"}
-        results = names & {"adapter", "checkpoints"}
+        # A run that was killed before it wrote run.json leaves no more than these.
+        begun = {".lock", "log.txt", _temporary(self.path / "run.json").name}
+        names = {entry.name for entry in self.path.iterdir()} - begun - {"stages"}
+        results = "adapter" in names or any(self.checkpoints.glob("step-*"))
         if results or (names and "run.json" not in names):
             self.release()
             what = "the output folder holds another run" if results else "the folder is not empty"
@@ -93,7 +96,7 @@ class RunFolder:
                 state = "interrupted"
             if self.info["state"] == "running":  # else a phase within this one has said it
                 with suppress(DiskError):  # a full disk must not hide what went wrong
-                    self.write(state=state, reason=str(error) or type(error).__name__)
+                    self.write(state=state, reason=redacted(str(error)) or type(error).__name__)
             refused = isinstance(error, StemtuneError) and error.exit_code in (2, 5)
             if self._created and refused and not self.checkpoints.exists():
                 self.release()
@@ -129,19 +132,36 @@ class RunFolder:
         """Everything that is said, with its time and level, also goes to `log.txt`."""
         self._log = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        self._log.addFilter(Redacting())
         logger = logging.getLogger("stemtune")
         logger.addHandler(self._log)
         logger.setLevel(logging.DEBUG)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a file whole or not at all, whatever happens to process or machine."""
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle for a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from stemtune.config import OBJECTIVES, Config, Data, Source, is_hub_id
 from stemtune.errors import ConfigError
+from stemtune.redact import holds_token
 
 Key = tuple[str, ...]  # `section`, `field`
 OBJECTIVE_TYPES = [str(kind.model_fields["type"].default) for kind in OBJECTIVES]
@@ -128,11 +129,27 @@ def _laid_over(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 
 def _validated(values: dict[str, Any], places: dict[Key, str], path: Path) -> Config:
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         # An unknown key explains a missing one.
         errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         raise _explain(errors[0], places, str(path)) from None
+    _refuse_tokens(config.model_dump(), (), places, path)
+    return config
+
+
+def _refuse_tokens(value: Any, key: Key, places: dict[Key, str], path: Path) -> None:
+    """A run file is copied into every run's folder: no place for a secret."""
+    if isinstance(value, dict):
+        for name, inner in cast(dict[object, object], value).items():
+            _refuse_tokens(inner, (*key, str(name)), places, path)
+    elif isinstance(value, list):
+        for inner in cast(list[object], value):
+            _refuse_tokens(inner, key, places, path)
+    elif isinstance(value, str) and holds_token(value):
+        hint = "take it out, and use `hf auth login` or the variable HF_TOKEN"
+        what = f"`{'.'.join(key)}` holds a token of the Hub"
+        raise ConfigError(what, where=places.get(key[:2], str(path)), hint=hint)
 
 
 def _chained(configs: list[Config], names: list[str]) -> list[Config]:

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from stemtune.config import Config
+from stemtune.model.load import commit_of
 from stemtune.model.memory import auto_micro_batch_tokens
 from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
@@ -61,6 +62,7 @@ def resolved(config: Config, model: PeftModel, backend: str, budget: int) -> Con
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": base.device.type,
         "attention": backend,
+        "revision": commit_of(config.model),
     }
     adapter: dict[str, Any] = {}
     if config.adapter.init_from is not None:

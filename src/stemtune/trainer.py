@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
 from stemtune.figures import held_out_figures, losses_by_record, preferences_of
+from stemtune.guards import SpikeWatch, is_finite, suspects
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
@@ -32,13 +34,16 @@ from stemtune.plan.pack import count_distinct
 from stemtune.plan.steps import plan_steps
 from stemtune.resume import (
     refuse_differences,
+    refuse_new_folder,
     refuse_other_base,
     rounding,
+    settle_folder,
     training_settings,
     warn_of_other_rounding,
 )
 from stemtune.rundir import RunFolder, read_info, write_text
 from stemtune.runfile import dump_config
+from stemtune.saver import Saver, require_space
 from stemtune.score import Scorer, autocast
 from stemtune.setup import checked_backend, micro_batch_tokens, resolved
 from stemtune.tree.build import build_tree
@@ -85,11 +90,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to: its mean loss, the tokens that were computed, and what is told of it."""
+    """What a step came to: its mean loss, the tokens that were computed, what is told of it, and
+    the records to name if it is no number."""
 
     loss: float
     distinct: int
     told: Metrics
+    suspects: list[int]
 
 
 @dataclass
@@ -99,6 +106,7 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    skipped: int = 0
     metrics: Metrics | None = None
 
 
@@ -106,6 +114,7 @@ def train(
     config: Config | Seq[Config],
     *,
     resume: bool = False,
+    allow_changes: Seq[str] = (),
     objective: Objective | None = None,
     surveyed: Survey | None = None,
 ) -> Result:
@@ -114,7 +123,10 @@ def train(
     Args:
         config: from `load_config`; or several, from `load_stages`, one after another.
         resume: go on from the newest checkpoint of `config.output.dir`; of several stages, those
-            that are done are not done again.
+            that are done are not done again. `output.on_existing: resume` does the same wherever
+            there is something to go on with.
+        allow_changes: with `resume`, what may differ from the run that was interrupted: `data`,
+            `base`, or a setting such as `train.learning_rate`.
         objective: instead of the configured one; see `stemtune.objectives.Objective`.
         surveyed: what `survey` found for this config, if it has been called already.
 
@@ -122,11 +134,19 @@ def train(
         StemtuneError: one of its kinds, each with an exit code.
     """
     if isinstance(config, Config):
-        return Trainer(config, resume=resume, objective=objective, surveyed=surveyed).train()
+        return Trainer(
+            config,
+            resume=resume,
+            allow_changes=allow_changes,
+            objective=objective,
+            surveyed=surveyed,
+        ).train()
     stages = list(config)
     for stage in stages[1:]:  # what is wrong with a later stage's data is said before the first
         tokenizer = load_tokenizer(stage.model)
         prepare(survey(stage.data, stage.train.seed), tokenizer, stage.data, answers=stage.answers)
+    refuse_new_folder(stages)
+    resume = resume or stages[-1].output.on_existing == "resume"
     result: Result | None = None
     for number, stage in enumerate(stages, 1):
         folder = Path(stage.output.dir).absolute()
@@ -136,7 +156,7 @@ def train(
             continue
         log.info("stage %d of %d: %s", number, len(stages), stage.output.dir)
         begun = state is not None and bool(checkpoint.steps(folder / "checkpoints"))
-        result = Trainer(stage, resume=begun).train()
+        result = Trainer(stage, resume=begun, allow_changes=allow_changes).train()
     assert result is not None, "there is at least one stage"
     return result
 
@@ -145,7 +165,7 @@ class Trainer:
     """A run: everything that can be refused is refused here, before weights are loaded.
 
     Args:
-        config, resume, objective, surveyed: as for `train`.
+        config, resume, allow_changes, objective, surveyed: as for `train`.
     """
 
     def __init__(
@@ -153,14 +173,18 @@ class Trainer:
         config: Config,
         *,
         resume: bool = False,
+        allow_changes: Seq[str] = (),
         objective: Objective | None = None,
         surveyed: Survey | None = None,
     ) -> None:
+        config, resume = settle_folder(config, resume)
         self.config = config
         self.terms = terms_of(config.objective, objective)
         self.progress = Progress()
         self.folder = RunFolder(Path(config.output.dir).absolute())
-        self.stop = StopRequest()
+        self.stop = StopRequest(config.train.time_limit)
+        self.saver = Saver(self.folder.checkpoints, config.train)
+        self.spikes = SpikeWatch()
         self.stored: reference.StoredReference | None = None
         self.lower: LowerStates | None = None
         surveyed = surveyed or survey(config.data, config.train.seed)
@@ -172,15 +196,15 @@ class Trainer:
         try:
             with self.folder.phase("preparing data"):
                 saved = self._saved(resume)
-                self.tokenizer = load_tokenizer(config.model)
+                self.config = _as_it_began(config, saved)
+                self.tokenizer = load_tokenizer(self.config.model)
                 self.data = prepare(surveyed, self.tokenizer, config.data, answers=config.answers)
                 if saved is not None:
-                    facts = {"the data": self.data.fingerprint, "adapter.init_from": self.start}
-                    refuse_differences(saved.state, config, facts)
+                    refuse_differences(saved.state, config, self._facts, allow_changes)
                     warn_of_other_rounding(saved.state)
                 self.plan = self._plan()
             with self.folder.phase("loading the model"):
-                self._load_model(saved)
+                self._load_model(saved, allow_changes)
         except BaseException:
             self.folder.release()
             raise
@@ -208,16 +232,17 @@ class Trainer:
             seed=train.seed,
         )
 
-    def _load_model(self, saved: checkpoint.Checkpoint | None) -> None:
+    @property
+    def _facts(self) -> dict[str, str]:
+        """Fingerprints of what a resumed run must find as it was."""
+        return {"data": self.data.fingerprint, "adapter.init_from": self.start}
+
+    def _load_model(self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str]) -> None:
         config = self.config
-        model_config = config.model
-        if saved is not None:
-            # What `auto` chose then: the measurement behind it could come out differently now.
-            model_config = model_config.model_copy(update={"dtype": saved.state["dtype"]})
-        base, _ = load_model(model_config)
+        base, _ = load_model(config.model)
         self.base_fingerprint = fingerprint(base)
         if saved is not None:
-            refuse_other_base(saved.state, self.base_fingerprint)
+            refuse_other_base(saved.state, self.base_fingerprint, allow_changes)
         self.device = base.device
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
@@ -234,6 +259,7 @@ class Trainer:
         if config.train.activation_checkpointing:
             base.activation_checkpointing_enable()
         self.parameters = trainable(self.model)
+        require_space(self.folder.path, self.parameters.values(), config.train)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config.train))
         if saved is None:
             sequences = self.data.train.of(self.plan[0])
@@ -280,6 +306,7 @@ class Trainer:
             self.folder.write(phase="done", state="done")
             return result
         finally:
+            self.saver.close()
             self.accelerator.end_training()
             self.folder.release()
 
@@ -304,6 +331,7 @@ class Trainer:
                 line = self._step(self.plan[self.progress.step])
                 self._log(line)
                 console.step(line)
+                self.stop.look_at_clock(needed=2 * line["seconds"])
                 step = self.progress.step
                 if step == total or step % self._eval_steps == 0:
                     self._evaluate_and_log()
@@ -317,6 +345,7 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self.stop.requested:
             self._commit()
+            self.saver.wait()
             what = f"stopped at step {self.progress.step} of {len(self.plan)}; it is saved"
             hint = "the same command with --resume goes on"
             raise Interrupted(what, where=str(self.folder.path), hint=hint)
@@ -350,20 +379,25 @@ class Trainer:
         outcome = self._accumulate(step)
         norm = self._clip()
         loss, distinct = outcome.loss, outcome.distinct
-        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
-            self._diverged(records, loss, norm)
-        self.optimizer.step()
+        numbers = is_finite(loss, norm)
+        if not numbers:
+            self._stop_or_skip(outcome, norm)
+        if numbers or self.accelerator.scaler is not None:  # which skips such a step by itself
+            self.optimizer.step()
+        if not is_finite(loss if numbers else 0.0, None, list(self.parameters.values())):
+            self._diverged("a weight is no finite number", records)
         self.optimizer.zero_grad()
+        self._watch(loss)
         self.progress.step += 1
         seconds = time.perf_counter() - started
         tokens = sum(len(sequence) for sequence in sequences)
         return {
             "step": self.progress.step,
             "epoch": round(self.progress.step / self._steps_per_epoch, 4),
-            "loss": loss,
-            **outcome.told,
+            "loss": loss if numbers else None,
+            **(outcome.told if numbers else {}),
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if numbers else None,
             "records": len(records),
             "targets": sum(sequence.num_targets for sequence in sequences),
             "tokens": tokens,
@@ -421,7 +455,7 @@ class Trainer:
             theirs = None if step.references is None else torch.cat(step.references)
             sources = [self.data.train.sources[sequence.record] for sequence in step.sequences]
             told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
-        return Outcome(total, distinct, told)
+        return Outcome(total, distinct, told, suspects(step.sequences, logps))
 
     def compute_loss(
         self, sequences: Seq[Sequence], totals: Totals, return_outputs: bool = False
@@ -455,13 +489,36 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
         return None if norm is None else float(norm)
 
-    def _diverged(self, records: Seq[int], loss: float, norm: float | None) -> None:
-        if self.accelerator.scaler is not None and math.isfinite(loss):
-            return  # fp16: the scaler skips this step and lowers its scale
-        places = [str(self.data.train.place(record)) for record in records[:3]]
-        what = f"step {self.progress.step + 1}: the loss is {loss}, the gradient's norm {norm}"
-        hint = "lower train.learning_rate, or look at these rows"
-        raise DivergedError(what, where=", ".join(places), hint=hint)
+    def _stop_or_skip(self, outcome: Outcome, norm: float | None) -> None:
+        """A loss or gradient that is no number: as `train.on_nonfinite` says."""
+        if self.accelerator.scaler is not None and math.isfinite(outcome.loss):
+            return  # fp16: the scaler lowers its scale, and goes on with the next step
+        what = f"the loss is {outcome.loss}, the gradient's norm {norm}"
+        train = self.config.train
+        if train.on_nonfinite == "stop":
+            self._diverged(what, outcome.suspects)
+        self.progress.skipped += 1
+        if self.progress.skipped > train.max_skipped_steps:
+            self._diverged(
+                f"{what}, and {train.max_skipped_steps} steps were skipped", outcome.suspects
+            )
+        step = self.progress.step + 1
+        log.warning("step %d is skipped: %s (%s)", step, what, self._places(outcome.suspects))
+
+    def _diverged(self, what: str, records: Seq[int]) -> NoReturn:
+        hint = "lower train.learning_rate, look at these rows, or set train.on_nonfinite: skip"
+        what = f"step {self.progress.step + 1}: {what}"
+        raise DivergedError(what, where=self._places(records), hint=hint)
+
+    def _places(self, records: Seq[int]) -> str:
+        """Where the first few of some records stand."""
+        return ", ".join(str(self.data.train.place(record)) for record in records[:3])
+
+    def _watch(self, loss: float) -> None:
+        distance = self.spikes.above(loss) if math.isfinite(loss) else None
+        if distance is not None:
+            step = self.progress.step + 1
+            log.warning("step %d: a loss of %.3f, %.3f above the last ones'", step, loss, distance)
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -492,6 +549,8 @@ class Trainer:
         if not metrics:
             return
         step = self.progress.step
+        if not math.isfinite(metrics["eval_loss"]):
+            raise DivergedError(f"step {step}: the held-out loss is {metrics['eval_loss']}")
         self._log({"step": step, **metrics})
         log.info("step %d  held-out loss %.4f", step, metrics["eval_loss"])
         best = self.progress.best_loss
@@ -513,11 +572,12 @@ class Trainer:
         state = {
             "progress": self.progress.__dict__,
             "dtype": self.resolved.model.dtype,
+            "revision": self.resolved.model.revision,
             "backend": self.scorer.backend,
             "wanted": {key: getattr(self.config.model, key) for key in ("dtype", "attention")},
             "budget": self.scorer.budget,
             "base": self.base_fingerprint,
-            "facts": {"the data": self.data.fingerprint, "adapter.init_from": self.start},
+            "facts": self._facts,
             "settings": training_settings(self.config),
             "rounding": rounding(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
@@ -527,16 +587,13 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
         }
         with self.folder.phase("saving"):
-            checkpoint.commit(self.folder.checkpoints, self.progress.step, tensors, state)
-            checkpoint.rotate(
-                self.folder.checkpoints,
-                self.config.train.save_total_limit,
-                {self.progress.best_step} if self.progress.best_step else set(),
-            )
-        self.folder.write(phase="training")
+            self.metrics_file.sync()  # a checkpoint is not to know more than its metrics
+            self.saver.save(self.progress.step, tensors, state, self.progress.best_step)
+        self.folder.write(phase="training", saving=vars(self.saver.cost))
 
     def _finish(self) -> Result:
         """Write `adapter/`: the best or the last, and the other one beside it."""
+        self.saver.wait()
         best, last = self.progress.best_step, self.progress.step
         wanted = self.config.output.final_adapter
         other = "last" if wanted == "best" else "best"
@@ -588,3 +645,12 @@ class Trainer:
     @property
     def _steps_per_epoch(self) -> int:
         return math.ceil(len(self.data.train) / self.config.train.batch_size)
+
+
+def _as_it_began(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
+    """With the dtype that `auto` chose then, whose measurement could come out differently now, and
+    the commit that a branch of the Hub pointed to, which may have moved."""
+    if saved is None:
+        return config
+    kept = {key: saved.state[key] for key in ("dtype", "revision")}
+    return config.model_copy(update={"model": config.model.model_copy(update=kept)})

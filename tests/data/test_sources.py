@@ -21,8 +21,8 @@ from stemtune.data.records import Dialogue
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DataError, StemtuneError
 from stemtune.runfile import load_config
-from tests.data.fakehub import TAG, run_python, serve
 from tests.data.rows import data_of, records_in
+from tests.fakehub import TAG, run_python, serve
 from tests.models import tiny_tokenizer
 
 Row = dict[str, Any]

@@ -117,6 +117,15 @@ def train_on_preferences(folder: Path, base: Path) -> None:
         st.train(st.load_config(here / "run.yaml", [*overrides, f"output.dir={here / 'run'}"]))
 
 
+def train_on_nothing_finite(folder: Path, base: Path) -> None:
+    spy = Spy()
+
+    def objective(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return spy(*arguments)[0] * float("nan"), {}
+
+    st.train(make_config(folder, base, *SHORT, "train.on_nonfinite=skip"), objective=objective)
+
+
 def test_every_field_is_read(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +157,7 @@ def test_every_field_is_read(
     config = st.load_config(run_file, [f"data.path={ranked}", "data.memories=null"])
     prepare(survey(config.data, 0), load_tokenizer(config.model), config.data)
     train_on_preferences(tmp_path, tiny_base)
+    train_on_nothing_finite(tmp_path / "nan", tiny_base)
     with pytest.raises(ModelError, match="can't load 'train' of the dataset"):
         survey(Data(path=Source(path="nobody/nothing")), 0)
     survey(Data(path=str(ranked), eval_path=str(ranked), allow_leaks=True), 0)
@@ -371,6 +381,12 @@ def test_save_steps_and_limit(
     overrides = [f"train.save_steps={save_steps}", f"train.save_total_limit={limit}"]
     folder = run(tmp_path, tiny_base, *overrides)
     assert checkpoint_names(folder) == [f"step-{step:06d}" for step in expected]
+
+
+def test_keep_every(tmp_path: Path, tiny_base: Path) -> None:
+    overrides = ["train.save_steps=1", "train.save_total_limit=1", "train.max_steps=7"]
+    folder = run(tmp_path, tiny_base, *overrides, "train.keep_every=3")
+    assert checkpoint_names(folder) == [f"step-{step:06d}" for step in (3, 6, 7)]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import stemtune as st
 from stemtune.config import Model
@@ -49,18 +49,21 @@ def test_it_computes_what_transformers_computes(tiny_base: Path) -> None:
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=1e-4)
 
 
-def test_the_revision_reaches_the_hub(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, Any, Any]] = []
-    for loader in (AutoModelForCausalLM, AutoTokenizer):
-        plain = loader.from_pretrained
+def test_a_base_of_the_hub(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is fetched once, by its revision; what is loaded is its folder."""
+    asked: list[tuple[str, str | None]] = []
 
-        def spy(name: str, *_: Any, plain: Any = plain, **options: Any) -> Any:
-            asked.append((name, options.pop("revision", None), options["trust_remote_code"]))
-            return plain(tiny_base, **options)
+    def fetch(wanted: Model) -> Path:
+        asked.append((wanted.base, wanted.revision))
+        return tiny_base
 
-        monkeypatch.setattr(loader, "from_pretrained", spy)
-    st.load_model(Model(base="some/model", revision="abc", device="cpu", dtype="float32"))
-    assert asked == [("some/model", "abc", False)] * 2
+    monkeypatch.setattr(load.hub, "fetch", fetch)
+    wanted = Model(base="some/model", revision="abc", device="cpu", dtype="float32")
+    model, _ = st.load_model(wanted)
+    assert asked == [("some/model", "abc")]
+    assert model.name_or_path == str(tiny_base)
+    assert load.commit_of(wanted) == tiny_base.name
+    assert load.commit_of(config(tiny_base)) is None
 
 
 @pytest.mark.parametrize("name", ["smollm3", "a/b/c", ""])
@@ -141,8 +144,9 @@ class Evil:
 def test_pickled_weights_run_nothing(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
     torch.save({"weight": Evil(tmp_path / "canary")}, base / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="can't load"):
-        st.load_model(config(base))
+    for allowed, said in ((False, "pickled"), (True, "can't load")):
+        with pytest.raises(ModelError, match=said):
+            st.load_model(config(base, allow_pickled=allowed))
     assert not (tmp_path / "canary").exists()
 
 

@@ -13,6 +13,7 @@ from stemtune import __version__
 from stemtune.cli import chat, check, env, eval_, init, train
 from stemtune.cli.common import quieten_libraries
 from stemtune.errors import StemtuneError
+from stemtune.redact import redacted
 
 app = typer.Typer(
     name="stemtune",
@@ -67,5 +68,5 @@ def main() -> None:
         if debug:
             raise
         what = f"error: {type(error).__name__}: {error}\nhint: this looks like a bug of stemtune's"
-        print(f"{what}; the same command with --debug shows where", file=sys.stderr)
+        print(f"{redacted(what)}; the same command with --debug shows where", file=sys.stderr)
         sys.exit(1)

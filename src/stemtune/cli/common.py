@@ -12,6 +12,7 @@ from rich.console import Console
 
 from stemtune.config import Config
 from stemtune.errors import ConfigError
+from stemtune.redact import Redacting
 from stemtune.runfile import load_config, load_stages
 
 RunFile = Annotated[Path, typer.Argument(help="The run file.")]
@@ -29,6 +30,7 @@ def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO)
     handler.setFormatter(_LineFormatter())
+    handler.addFilter(Redacting())
     logging.getLogger("stemtune").addHandler(handler)
 
 

@@ -1,5 +1,6 @@
 """`stemtune train`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
+    allow_change: Annotated[
+        str,
+        typer.Option(
+            help="With --resume, what may differ from the interrupted run: data, base, or settings"
+            " such as train.learning_rate; several with commas."
+        ),
+    ] = "",
 ) -> None:
     """Train an adapter as a run file says."""
     stages = load_stages(run_file, overrides)
@@ -25,9 +33,16 @@ def train(
     surveyed = [survey(stage.data, stage.train.seed) for stage in stages]
     from stemtune.trainer import train as run
 
+    allowed = [name.strip() for name in allow_change.split(",") if name.strip()]
     if len(stages) == 1:
-        result = run(config, resume=resume, surveyed=surveyed[0])
+        result = run(config, resume=resume, allow_changes=allowed, surveyed=surveyed[0])
     else:
-        result = run(stages, resume=resume)
-    typer.echo(f"next: stemtune chat {config.output.dir}", err=True)
+        result = run(stages, resume=resume, allow_changes=allowed)
+    typer.echo(f"next: stemtune chat {_shown(result.output_dir)}", err=True)
     print(result.adapter_dir)
+
+
+def _shown(folder: Path) -> Path:
+    """As it would be typed from here."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

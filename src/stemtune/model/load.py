@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
-from stemtune.model import smollm2
+from stemtune.model import hub, smollm2
 from stemtune.model.processor import prepare_processor
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,13 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         prepare_processor()
     dtype = choose_dtype(config.dtype, device)
     source = base_source(config)
+    hub.require_plain_weights(source, config.allow_pickled)
     with _explained(config):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=config.revision,
-            trust_remote_code=False,  # else transformers asks, and a "y" runs the base's own code
+            # Never left out: transformers would ask, and a "y" runs the base's own code.
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickled else True,
             dtype=dtype,
         )
     model.requires_grad_(False)
@@ -64,15 +67,36 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone: what `check` needs."""
     with _explained(config):
         return AutoTokenizer.from_pretrained(
-            base_source(config), revision=config.revision, trust_remote_code=False
+            base_source(config), trust_remote_code=config.trust_remote_code
         )
 
 
-def base_source(config: Model) -> str:
-    """The folder or Hub id to load from."""
+def base_source(config: Model) -> Path:
+    """The folder to load from; that of a base of the Hub is named by its commit.
+
+    Raises:
+        ModelError: the Hub does not give it.
+    """
     if config.base == smollm2.NAME:
-        return str(smollm2.converted_folder())
-    return config.base
+        return smollm2.converted_folder()
+    if is_on_hub(config):
+        return _fetched(config.model_dump_json())
+    return Path(config.base)
+
+
+def is_on_hub(config: Model) -> bool:
+    """Whether the base is a name on the Hub."""
+    return config.base != smollm2.NAME and not Path(config.base).is_absolute()
+
+
+def commit_of(config: Model) -> str | None:
+    """The commit of a base of the Hub."""
+    return base_source(config).name if is_on_hub(config) else config.revision
+
+
+@cache
+def _fetched(config: str) -> Path:
+    return hub.fetch(Model.model_validate_json(config))
 
 
 def require_base(config: Model) -> None:
@@ -81,7 +105,12 @@ def require_base(config: Model) -> None:
         smollm2.require_gguf()
         return
     folder = Path(config.base)
-    if folder.is_absolute() and not (folder / "config.json").is_file():
+    try:
+        missing = folder.is_absolute() and not (folder / "config.json").is_file()
+    except OSError as error:
+        what = f"the base can't be read: {error.strerror}"
+        raise ModelError(what, where=config.base, hint="may this user read the folder?") from None
+    if missing:
         what = "no model here: there is no config.json"
         raise ModelError(what, where=config.base, hint="model.base is a folder or a Hub id")
     if not folder.is_absolute() and config.base.count("/") != 1:
@@ -141,10 +170,10 @@ def _explained(config: Model) -> Generator[None]:
     """Turns what transformers and the hub raise into one error for a person."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ModelError):
         raise
-    except Exception as error:  # safetensors, pickle, tokenizers, the hub: each has its own kinds
+    except Exception as error:  # safetensors, pickle, tokenizers: each has its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = f"can't load {config.base!r}: {reason}"
-        hint = "is the name right, is the network there, and do you have access to it?"
+        hint = "is it whole, and of a kind that transformers knows?"
         raise ModelError(what, where="model.base", hint=hint) from error

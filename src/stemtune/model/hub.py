@@ -1,0 +1,229 @@
+"""A base from the Hub: bounded retries, verified bytes, and for every fault what it is.
+
+Only what a model needs is fetched, and no pickles and no code unless they were asked for.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stemtune.config import Model
+from stemtune.errors import DiskError, ModelError
+
+log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+PICKLED = ["*.bin"]
+CODE = ["*.py"]
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+TRYING = 60.0  # seconds of nothing but failures
+GOT_ON = 60.0  # seconds of a call that must have got something before it failed
+FIRST, LONGEST = 1.0, 20.0  # seconds of a wait
+
+
+def fetch(config: Model) -> Path:
+    """The folder of a base of the Hub, downloaded where it is not there yet; its name is the
+    commit.
+
+    Raises:
+        ModelError: no such base or revision, no access, no network, or other bytes than promised.
+        DiskError: no space for it.
+    """
+    patterns = [*WANTED, *(PICKLED if config.allow_pickled else [])]
+    patterns += CODE if config.trust_remote_code else []
+
+    def call() -> str:
+        return snapshot_download(config.base, revision=config.revision, allow_patterns=patterns)
+
+    try:
+        folder = Path(retried(call))
+    except OSError as error:
+        if _http_error(error) is None and _network_error(error) is None and error.errno:
+            hint = "free some space, or set HF_HOME to another disk"
+            raise DiskError(
+                f"can't keep the base: {error.strerror}", where="model.base", hint=hint
+            ) from None
+        raise _explained(config, error) from error
+    except Exception as error:  # the Hub's own kinds, and those of its network library
+        raise _explained(config, error) from error
+    verify(folder)
+    return folder
+
+
+def retried(
+    call: Callable[[], Found],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """`call`, again and again while what it raises may pass: a network or a server that is down.
+
+    Waits grow from one second to twenty, each of a random length up to that (full jitter, so that
+    many machines don't come back at once). A minute of nothing but failures is enough; a
+    download that got on for a while begins a new count, and goes on where it stopped.
+    """
+    since, longest = clock(), FIRST
+    while True:
+        began = clock()
+        try:
+            return call()
+        except Exception as error:
+            if clock() - began > GOT_ON:
+                since, longest = clock(), FIRST
+            wait = random.uniform(0, longest)
+            if not _may_pass(error) or clock() - since + wait > TRYING or _offline():
+                raise
+            log.warning("%s; trying again in %.0f s", _first_line(error), wait)
+            sleep(wait)
+            longest = min(2 * longest, LONGEST)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a snapshot with the hash that the Hub promised, which is the name of
+    what it links to. What was compared once is not read again while it is the same.
+
+    Raises:
+        ModelError: with the file; it is deleted, so that the next download gets it anew.
+    """
+    seen_file = folder.parent.parent / ".stemtune-verified.json"
+    try:
+        seen: dict[str, list[int]] = json.loads(seen_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        seen = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_symlink():
+            continue
+        blob = path.resolve()
+        try:
+            facts = [blob.stat().st_size, blob.stat().st_mtime_ns]
+        except OSError:
+            continue
+        if seen.get(blob.name) == facts:
+            continue
+        if not _is_promised(blob):
+            blob.unlink()
+            hint = "it was deleted: the next try downloads it again"
+            what = f"{path.name} is not what the Hub promised"
+            raise ModelError(what, where=str(path), hint=hint)
+        seen[blob.name] = facts
+    try:
+        seen_file.write_text(json.dumps(seen), encoding="utf-8")
+    except OSError:  # a shared cache that is read-only: it is verified again next time
+        return
+
+
+def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
+    """Refuse weights that lie outside of the folder or that only a pickle holds.
+
+    Raises:
+        ModelError: see above.
+    """
+    for index in folder.glob("*.index.json"):
+        for name in set(_weight_map(index).values()):
+            if Path(name).name != name:
+                hint = "a base holds its weights in its own folder: don't trust this one"
+                raise ModelError(f"it names the file {name!r}", where=str(index), hint=hint)
+    has_plain, has_pickled = (any(folder.glob(f"*.{end}")) for end in ("safetensors", "bin"))
+    if has_pickled and not has_plain and not allow_pickled:
+        what = "the weights are pickled (.bin), which can run code"
+        hint = "take a base with safetensors, or set model.allow_pickled: true"
+        raise ModelError(what, where=str(folder), hint=hint)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(key): str(value) for key, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # transformers says what is wrong with it
+
+
+def _is_promised(blob: Path) -> bool:
+    """A blob is named by the SHA-256 of its content, or as git names it."""
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        with blob.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+    if re.fullmatch(r"[0-9a-f]{40}", blob.name):
+        content = blob.read_bytes()
+        header = b"blob %d\0" % len(content)
+        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == blob.name
+    return True
+
+
+def _explained(config: Model, error: BaseException) -> ModelError:
+    """One line for a person."""
+    name = repr(config.base)
+    status = _http_error(error)
+    if isinstance(error, GatedRepoError):
+        page = f"https://huggingface.co/{config.base}"
+        what, hint = f"{name} is gated", f"ask for access at {page}, then `hf auth login`"
+    elif isinstance(error, RevisionNotFoundError):
+        what, hint = f"{name} has no revision {config.revision!r}", "look at its page for one"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = f"there is no base {name} on the Hub, or it is private"
+        hint = "is the name right? For a private one: `hf auth login`"
+    elif status == 401:
+        what, hint = f"the Hub does not know this token (401), for {name}", "`hf auth login`"
+    elif status is not None:
+        what, hint = f"the Hub answered {status} for {name}", "try again later"
+    elif _offline():
+        what = f"{name} is not in the cache, and HF_HUB_OFFLINE is set"
+        hint = "download it where there is a network: `hf download`"
+    elif _network_error(error) is not None or isinstance(error, LocalEntryNotFoundError):
+        what, hint = f"the Hub can't be reached for {name}", "is the network there?"
+    else:
+        what, hint = f"can't load {name}: {_first_line(error)}", "is the name right?"
+    return ModelError(what, where="model.base", hint=hint)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _http_error(error: BaseException) -> int | None:
+    """The status of the answer behind an error."""
+    for one in _chain(error):
+        if isinstance(one, HfHubHTTPError):
+            return one.response.status_code
+    return None
+
+
+def _network_error(error: BaseException) -> BaseException | None:
+    """What the network library raised behind an error: its module depends on the Hub's version."""
+    for one in _chain(error):
+        if type(one).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
+            return one
+        if isinstance(one, ConnectionError | TimeoutError):
+            return one
+    return None
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _http_error(error)
+    return status in PASSING if status is not None else _network_error(error) is not None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
