@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,13 @@ class Bench:
         return "exact" if same else "wrong"
 
 
-def killed(bench: Bench, count: int) -> list[str]:
+def signalled(number: signal.Signals, bench: Bench, count: int) -> list[str]:
     found: list[str] = []
     for _ in range(count):
         out = bench.new()
         process = bench.start(out)
         time.sleep(bench.random.uniform(0, bench.seconds))
-        process.kill()
-        process.wait()
-        found.append(bench.again(out))
-    return found
-
-
-def terminated(bench: Bench, count: int) -> list[str]:
-    found: list[str] = []
-    for _ in range(count):
-        out = bench.new()
-        process = bench.start(out)
-        time.sleep(bench.random.uniform(0, bench.seconds))
-        process.kill(signal.SIGTERM)
+        process.kill(number)
         process.wait()
         found.append(bench.again(out))
     return found
@@ -205,8 +194,8 @@ def poisoned(bench: Bench, count: int) -> list[str]:
 
 
 FAULTS: dict[str, Callable[[Bench, int], list[str]]] = {
-    "kill -9 at a random moment": killed,
-    "SIGTERM at a random moment": terminated,
+    "kill -9 at a random moment": partial(signalled, signal.SIGKILL),
+    "SIGTERM at a random moment": partial(signalled, signal.SIGTERM),
     "a flipped bit in the newest checkpoint": flipped,
     "a file of it missing": missing,
     "a tensor of its adapter missing": dropped_tensor,

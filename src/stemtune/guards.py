@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from statistics import median
 
@@ -39,10 +40,14 @@ class SpikeWatch:
         return distance if distance > limit else None
 
 
-def is_finite(loss: float, norm: float | None, parameters: Seq[Tensor] = ()) -> bool:
-    """Whether a step's loss, its gradient's norm (if there is one) and the weights are numbers."""
-    numbers = math.isfinite(loss) and (norm is None or math.isfinite(norm))
-    return numbers and all(bool(torch.isfinite(p).all()) for p in parameters)
+def is_finite(loss: float, norm: float | None) -> bool:
+    """Whether a step's loss and its gradient's norm, if there is one, are numbers."""
+    return math.isfinite(loss) and (norm is None or math.isfinite(norm))
+
+
+def all_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether all weights are numbers."""
+    return all(bool(torch.isfinite(p).all()) for p in parameters)
 
 
 def suspects(sequences: Seq[Sequence], logps: Seq[Tensor]) -> list[int]:

@@ -20,7 +20,7 @@ from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
 from stemtune.figures import held_out_figures, losses_by_record, preferences_of
-from stemtune.guards import SpikeWatch, is_finite, suspects
+from stemtune.guards import SpikeWatch, all_finite, is_finite, suspects
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
@@ -142,10 +142,10 @@ def train(
             surveyed=surveyed,
         ).train()
     stages = list(config)
+    refuse_new_folder(stages)
     for stage in stages[1:]:  # what is wrong with a later stage's data is said before the first
         tokenizer = load_tokenizer(stage.model)
         prepare(survey(stage.data, stage.train.seed), tokenizer, stage.data, answers=stage.answers)
-    refuse_new_folder(stages)
     resume = resume or stages[-1].output.on_existing == "resume"
     result: Result | None = None
     for number, stage in enumerate(stages, 1):
@@ -384,7 +384,7 @@ class Trainer:
             self._stop_or_skip(outcome, norm)
         if numbers or self.accelerator.scaler is not None:  # which skips such a step by itself
             self.optimizer.step()
-        if not is_finite(loss if numbers else 0.0, None, list(self.parameters.values())):
+        if not all_finite(self.parameters.values()):
             self._diverged("a weight is no finite number", records)
         self.optimizer.zero_grad()
         self._watch(loss)
