@@ -30,9 +30,9 @@ Step = Callable[[Sequence[Sample]], tuple[float, float]]
 Maker = Callable[[Any, Any, int], Step]
 
 
-def stemtune_tree(model: Any, _tokenizer: Any, budget: int) -> Step:
-    """The tree, by stemtune's public functions. Splitting into micro-batches and building the
-    trees is part of the step, and of its time."""
+def stemtune_tree(model: Any, _tokenizer: Any, budget: int, backend: str = "auto") -> Step:
+    """The tree, by stemtune's public functions, or its `padded` path. Splitting into micro-batches
+    and building the trees is part of the step, and of its time."""
     optimizer = _adamw(model)
 
     def step(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -42,7 +42,7 @@ def stemtune_tree(model: Any, _tokenizer: Any, budget: int) -> Step:
         for part in split_by_distinct(samples, budget):
             tree = st.build_tree([st.Sequence(s.input_ids, s.is_target) for s in part])
             with autocast(model):
-                share = -st.target_logprobs(model, tree).sum() / total
+                share = -st.target_logprobs(model, tree, backend).sum() / total
             share.backward()
             loss += share.item()
         optimizer.step()

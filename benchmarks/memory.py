@@ -14,6 +14,12 @@ Cases:
     equal tokens a padded batch of just as many tokens as the tree has distinct ones, with just as
                  many scored positions: what sharing itself costs, apart from what it saves.
                  It is cut from the longest sequences, so its loss means nothing.
+    own equal    the same batch through stemtune's own padded path, with its kernels and allocator.
+    own padded   there too, but cut so that the rows differ in length as the sequences do: as many
+                 tokens with the padding that a real batch has, and so with the mask that hides it.
+
+With freed memory kept, a peak depends on where in the heap small blocks happen to lie: two runs of
+one command differ by a quarter. `--rounds 5` takes the median of as many processes for each case.
 """
 
 import argparse
@@ -22,6 +28,7 @@ import gc
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,7 +42,8 @@ from contestants import hand, stemtune_tree
 from sft import add_workload_arguments, note, quiet, samples_of
 from workload import Sample, separate_work, shared_work
 
-CASES = ["tree", "padded", "equal tokens"]
+CASES = ["tree", "padded", "equal tokens", "own equal", "own padded"]
+OWN = ("tree", "own equal", "own padded")
 MIB = 1024  # kB, the unit of /proc
 
 
@@ -46,6 +54,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--smoke", action="store_true", help="2 sequences")
     add_allocator_argument(parser)
+    parser.add_argument("--rounds", type=int, default=1, help="processes for each case")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--case", choices=CASES, help="run this case alone, in this process")
     parser.set_defaults(sequences=8)  # 16 windows padded into one fp32 batch want over 20 GB
     options = parser.parse_args()
@@ -69,14 +79,17 @@ def load_for(ours: bool, dtype: str, allocator: str) -> Any:
 
 def measure(options: argparse.Namespace) -> float:
     """MiB that one step of `options.case` needs at its peak, on top of the loaded model."""
-    model, tokenizer = load_for(options.case == "tree", options.dtype, options.allocator)
+    model, tokenizer = load_for(options.case in OWN, options.dtype, options.allocator)
     samples = samples_of(options, tokenizer)
-    if options.case == "tree":
-        step = stemtune_tree(model, tokenizer, budget=sys.maxsize)
+    if options.case in OWN:
+        backend = "auto" if options.case == "tree" else "padded"
+        step = stemtune_tree(model, tokenizer, sys.maxsize, backend)
     else:
         step = hand(model, tokenizer, 0, batch=len(samples))
-    if options.case == "equal tokens":
+    if options.case in ("equal tokens", "own equal"):
         samples = equal_batch(samples)
+    elif options.case == "own padded":
+        samples = uneven_batch(samples)
     step([Sample(sample.input_ids[:8], [False] * 7 + [True]) for sample in samples[:1]])
     reset_peak()
     baseline = resident("VmRSS")
@@ -93,6 +106,20 @@ def equal_batch(samples: Sequence[Sample]) -> list[Sample]:
     scored = work.scored // count
     mask = [False] * (width - scored) + [True] * scored
     return [Sample(sample.input_ids[:width], mask) for sample in by_length[:count]]
+
+
+def uneven_batch(samples: Sequence[Sample]) -> list[Sample]:
+    """The same rows, but for the first one cut as much shorter as their sequences are."""
+    rows = equal_batch(samples)
+    lengths = sorted((len(sample.input_ids) for sample in samples), reverse=True)
+    kept = [
+        len(row.input_ids) * length // lengths[0]
+        for row, length in zip(rows, lengths, strict=False)
+    ]
+    return [
+        Sample(row.input_ids[-count:], row.is_target[-count:])
+        for row, count in zip(rows, kept, strict=True)
+    ]
 
 
 def reset_peak() -> None:
@@ -121,31 +148,38 @@ def in_own_process(case: str) -> float:
 
 
 def report(options: argparse.Namespace) -> None:
-    """All cases, one after the other, and their ratios to the tree."""
+    """All cases in turn, round by round; the medians, and their ratios to the tree's."""
     samples = samples_of(options, load_base(options.dtype)[1])
+    equal = separate_work(equal_batch(samples), batch=len(samples))
     work = {
         "tree": shared_work(samples),
         "padded": separate_work(samples, batch=len(samples)),
-        "equal tokens": separate_work(equal_batch(samples), batch=len(samples)),
+        "equal tokens": equal,
+        "own equal": equal,
+        "own padded": separate_work(uneven_batch(samples), batch=len(samples)),
     }
-    print("| case | tokens run | scored | peak MiB | to the tree |\n|---|---|---|---|---|")
-    peaks: dict[str, float] = {}
-    for case in CASES:
-        note(f"{case} …")
-        peaks[case] = in_own_process(case)
+    peaks: dict[str, list[float]] = {case: [] for case in options.cases}
+    for number in range(options.rounds):
+        for case in options.cases:
+            note(f"round {number + 1}: {case} …")
+            peaks[case].append(in_own_process(case))
+    median = {case: statistics.median(values) for case, values in peaks.items()}
+    print("| case | tokens run | scored | peak MiB | range | to the tree |")
+    print("|---|---|---|---|---|---|")
+    for case, values in peaks.items():
+        to_tree = median[case] / median[options.cases[0]]
         print(
-            f"| {case} | {work[case].tokens:,} | {work[case].scored:,} | {peaks[case]:,.0f}"
-            f" | {peaks[case] / peaks['tree']:.2f}× |",
-            flush=True,
+            f"| {case} | {work[case].tokens:,} | {work[case].scored:,} | {median[case]:,.0f}"
+            f" | {min(values):,.0f}-{max(values):,.0f} | {to_tree:.2f}× |"
         )
     if options.json:
         figures = {
             case: {
-                "peak_mib": peaks[case],
+                "peaks_mib": values,
                 "tokens": work[case].tokens,
                 "scored": work[case].scored,
             }
-            for case in CASES
+            for case, values in peaks.items()
         }
         kept = {k: v for k, v in vars(options).items() if k not in ("data", "json", "case")}
         text = json.dumps({"options": kept, "cases": figures}, indent=1) + "\n"

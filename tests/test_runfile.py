@@ -133,6 +133,12 @@ def test_time_as_people_write_it(write, text: str, seconds: int) -> None:
     assert in_file.train.time_limit == override.train.time_limit == seconds
 
 
+def test_no_time(write) -> None:
+    error = refusal(write(DATA), ["train.time_limit=soon"])
+    assert "expected seconds or h:mm:ss or null" in error.what
+    assert error.where == "the override 'train.time_limit=soon'"
+
+
 def test_overrides_are_laid_over_the_file_in_order(write) -> None:
     path = write(DATA + "train:\n  batch_size: 8\n  seed: 1\n")
     overrides = [

@@ -333,7 +333,7 @@ def test_divergence(tmp_path: Path, tiny_base: Path, kind: str, limit: int) -> N
 def fits_up_to(trainer: st.Trainer, tokens: int) -> list[int]:
     """Let trees of more tokens run out of memory; the sizes that were tried."""
     backward, tried = trainer.accelerator.backward, []
-    run = trainer._run_micro_batches
+    run = trainer.runner._run_micro_batches
 
     def spied(step: Any) -> Any:
         batches = trainer.scorer.micro_batches(step.sequences)
@@ -348,7 +348,7 @@ def fits_up_to(trainer: st.Trainer, tokens: int) -> list[int]:
         trainer.accelerator.backward = checked
         return run(step)
 
-    trainer._run_micro_batches = spied  # type: ignore[method-assign]
+    trainer.runner._run_micro_batches = spied  # type: ignore[method-assign]
     return tried
 
 
@@ -380,6 +380,38 @@ def test_out_of_memory_late_in_a_step(tmp_path: Path, tiny_base: Path) -> None:
     trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides), objective=Spy(2, full))
     trainer.train()
     assert trainer.scorer.budget == 150
+    ours, theirs = steps_of(tmp_path / "run"), steps_of(expected)
+    assert [line["loss"] for line in ours] == pytest.approx([x["loss"] for x in theirs], abs=1e-5)
+
+
+def test_the_largest_micro_batch_is_tried_first(
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("stemtune.trainer.REHEARSED_FROM", 2)
+    overrides = ["train.max_steps=3", "train.batch_size=2", "train.micro_batch_tokens=800"]
+    expected = st.train(make_config(tmp_path / "whole", tiny_base, *overrides)).output_dir
+
+    def full() -> None:
+        raise torch.OutOfMemoryError
+
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides), objective=Spy(1, full))
+    part = trainer.data.train
+    lengths = [len(sequence) for sequence in part.flat]
+    longest = part.of(part.longest_records(2))
+    assert [len(sequence) for sequence in longest] == sorted(lengths)[:-3:-1]
+    budgets: list[int] = []
+    step = trainer._step
+
+    def spied(records: Any) -> Any:
+        budgets.append(trainer.scorer.budget)
+        return step(records)
+
+    monkeypatch.setattr(trainer, "_step", spied)
+    trainer.train()
+    assert budgets == [400] * 3  # found before the first step
     ours, theirs = steps_of(tmp_path / "run"), steps_of(expected)
     assert [line["loss"] for line in ours] == pytest.approx([x["loss"] for x in theirs], abs=1e-5)
 
@@ -460,7 +492,7 @@ def test_a_disk_that_is_full_for_other_files(
     if name.endswith("safetensors"):
         monkeypatch.setattr(trainer.model, "save_pretrained", full_save)
     else:
-        trainer.terms = terms_of(
+        trainer.runner.terms = terms_of(
             trainer.config.objective, Spy(3, lambda: monkeypatch.setattr(Path, "open", full))
         )
     with pytest.raises(DiskError, match="No space left"):

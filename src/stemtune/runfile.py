@@ -6,13 +6,13 @@ import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from stemtune.config import OBJECTIVES, Config, Data, Source, is_hub_id
+from stemtune.config import OBJECTIVES, Config, Data, Duration, Source, is_hub_id
 from stemtune.errors import ConfigError
 from stemtune.redact import holds_token
 
@@ -397,12 +397,16 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section with keys"
     parts = get_args(annotation)
+    if annotation == Duration:
+        return "seconds or h:mm:ss"
+    if get_origin(annotation) is Annotated:
+        return type_name(parts[0])
     if get_origin(annotation) in (list, dict):
         lists = "a list of texts" if parts == (str,) else "a list of these"
         return lists if get_origin(annotation) is list else "keys with texts"
     if all(isinstance(part, str) for part in parts):
         return " or ".join(parts)
-    return " or ".join(type_name(part) for part in parts if not hasattr(part, "metadata"))
+    return " or ".join(type_name(part) for part in parts)
 
 
 # What other tools, and people, call them.

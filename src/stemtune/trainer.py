@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,8 +19,8 @@ from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
-from stemtune.figures import held_out_figures, losses_by_record, preferences_of
-from stemtune.guards import SpikeWatch, all_finite, is_finite, suspects
+from stemtune.figures import held_out_figures, losses_by_record
+from stemtune.guards import SpikeWatch, all_finite, is_finite
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
@@ -28,9 +28,8 @@ from stemtune.model.adapter import add_adapter, require_adapter, trainable
 from stemtune.model.load import fingerprint, load_model, load_tokenizer, require_base
 from stemtune.model.memory import peak_memory
 from stemtune.model.save import save_adapter
-from stemtune.objectives import Objective, Totals, layout_of, loss_of, terms_of, totals_of
+from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
-from stemtune.plan.pack import count_distinct
 from stemtune.plan.steps import plan_steps
 from stemtune.resume import (
     refuse_differences,
@@ -44,13 +43,13 @@ from stemtune.resume import (
 from stemtune.rundir import RunFolder, read_info, write_text
 from stemtune.runfile import dump_config
 from stemtune.saver import Saver, require_space
-from stemtune.score import Scorer, autocast
+from stemtune.score import Scorer
 from stemtune.setup import checked_backend, micro_batch_tokens, resolved
-from stemtune.tree.build import build_tree
-from stemtune.tree.logprobs import target_logprobs
+from stemtune.step import Outcome, Step, StepRunner
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
+REHEARSED_FROM = 50  # steps: of fewer, trying the largest micro-batch first is no small part
 
 
 @dataclass(frozen=True)
@@ -61,42 +60,6 @@ class Result:
     adapter_dir: Path
     metrics: Metrics
     """The last step's metrics, and the last evaluation's."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step, or a micro-batch of it, is run with.
-
-    Attributes:
-        totals: of the whole step: what its losses are divided by.
-        references: for each sequence the reference's log-probabilities.
-        baseline: KTO's, of the whole step.
-    """
-
-    sequences: list[Sequence]
-    totals: Totals
-    references: list[Tensor] | None
-    baseline: Tensor | None
-
-    def of(self, batch: list[int]) -> "Step":
-        """A micro-batch."""
-        theirs = self.references
-        return replace(
-            self,
-            sequences=[self.sequences[index] for index in batch],
-            references=None if theirs is None else [theirs[index] for index in batch],
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step came to: its mean loss, the tokens that were computed, what is told of it, and
-    the records to name if it is no number."""
-
-    loss: float
-    distinct: int
-    told: Metrics
-    suspects: list[int]
 
 
 @dataclass
@@ -179,14 +142,12 @@ class Trainer:
     ) -> None:
         config, resume = settle_folder(config, resume)
         self.config = config
-        self.terms = terms_of(config.objective, objective)
+        terms = terms_of(config.objective, objective)
         self.progress = Progress()
         self.folder = RunFolder(Path(config.output.dir).absolute())
         self.stop = StopRequest(config.train.time_limit)
         self.saver = Saver(self.folder.checkpoints, config.train)
         self.spikes = SpikeWatch()
-        self.stored: reference.StoredReference | None = None
-        self.lower: LowerStates | None = None
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
         self.start = require_adapter(config.adapter, config.model)
@@ -204,7 +165,7 @@ class Trainer:
                     warn_of_other_rounding(saved.state)
                 self.plan = self._plan()
             with self.folder.phase("loading the model"):
-                self._load_model(saved, allow_changes)
+                self._load_model(saved, allow_changes, terms)
         except BaseException:
             self.folder.release()
             raise
@@ -237,7 +198,9 @@ class Trainer:
         """Fingerprints of what a resumed run must find as it was."""
         return {"data": self.data.fingerprint, "adapter.init_from": self.start}
 
-    def _load_model(self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str]) -> None:
+    def _load_model(
+        self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str], terms: list[Term]
+    ) -> None:
         config = self.config
         base, _ = load_model(config.model)
         self.base_fingerprint = fingerprint(base)
@@ -267,6 +230,9 @@ class Trainer:
         else:
             backend = saved.state["backend"]
         self.scorer = Scorer(self.model, config, backend, self._budget(saved, backend))
+        self.runner = StepRunner(
+            self.scorer, self.data.train, terms, self.accelerator, self.optimizer
+        )
         self.resolved = resolved(config, self.model, backend, self.scorer.budget)
         if saved is not None:
             self._restore(saved)
@@ -317,12 +283,14 @@ class Trainer:
         console = ConsoleProgress(total, start)
         if reference.wants_stored(self.config.objective):
             with self.folder.phase("computing the reference"):
-                self.stored = self._reference()
+                self.runner.stored = self._reference()
             self.folder.write(phase="training")
         if self.config.train.keep_lower_states:
             with self.folder.phase("computing the lower states"):
-                self.lower = self._lower_states()
+                self.runner.lower = self._lower_states()
             self.folder.write(phase="training")
+        if total - start > REHEARSED_FROM:
+            self.runner.rehearse(self.data.train.longest_records(self.config.train.batch_size))
         if start == 0:
             self._evaluate_and_log()
         with console.bar:
@@ -362,21 +330,16 @@ class Trainer:
         states.compute(self._stop_if_asked)
         return states
 
-    def _references(self, part: Part, records: Seq[int]) -> list[Tensor] | None:
-        """For each sequence the reference's log-probabilities; None where no objective has one."""
-        if self.stored is None:
-            return self.scorer.reference(part.of(records))
-        return self.stored.of(part, records)
-
     def _step(self, records: Seq[int]) -> Metrics:
         """One optimizer step over exactly these records."""
         started = time.perf_counter()
-        step = self._gather(records)
+        step = self.runner.gather(records)
         sequences = step.sequences
         rate = learning_rate(self.progress.step, len(self.plan), self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outcome = self._accumulate(step)
+        seed = self.config.train.seed * 1_000_003 + self.progress.step
+        outcome = self.runner.accumulate(step, seed)
         norm = self._clip()
         loss, distinct = outcome.loss, outcome.distinct
         numbers = is_finite(loss, norm)
@@ -409,54 +372,6 @@ class Trainer:
             "memory": peak_memory(self.device),
         }
 
-    def _gather(self, records: Seq[int]) -> Step:
-        """What a step needs besides the trained model: known before any of it is run."""
-        part = self.data.train
-        sequences = part.of(records)
-        return Step(
-            sequences,
-            totals_of(sequences),
-            self._references(part, records),
-            self.scorer.baseline(sequences),
-        )
-
-    def _accumulate(self, step: Step) -> Outcome:
-        """The step's gradient, micro-batch by micro-batch. Out of memory, the whole step is done
-        again in smaller micro-batches."""
-        while True:
-            # One seed a step: its dropout depends on neither what ran before nor a resume.
-            torch.manual_seed(self.config.train.seed * 1_000_003 + self.progress.step)
-            try:
-                return self._run_micro_batches(step)
-            except torch.OutOfMemoryError:
-                self.optimizer.zero_grad()
-                self.scorer.halve_budget(step.sequences)
-
-    def _run_micro_batches(self, step: Step) -> Outcome:
-        self.model.train()
-        total, distinct = 0.0, 0
-        told: Metrics = {}
-        logps: list[Tensor] = [torch.empty(0)] * len(step.sequences)
-        for batch in self.scorer.micro_batches(step.sequences):
-            part = step.of(batch)
-            loss, found, more = self._loss(part)
-            if loss.requires_grad:
-                self.accelerator.backward(loss)
-            total += float(loss.detach())
-            for name, value in more.items():
-                told[name] = told.get(name, 0.0) + float(value)
-            counts = [sequence.num_targets for sequence in part.sequences]
-            for index, mine in zip(batch, found.detach().cpu().split(counts), strict=True):
-                logps[index] = mine
-            shared = self.scorer.backend != "padded"
-            tokens = sum(len(sequence) for sequence in part.sequences)
-            distinct += count_distinct(part.sequences) if shared else tokens
-        if self.scorer.compares:
-            theirs = None if step.references is None else torch.cat(step.references)
-            sources = [self.data.train.sources[sequence.record] for sequence in step.sequences]
-            told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
-        return Outcome(total, distinct, told, suspects(step.sequences, logps))
-
     def compute_loss(
         self, sequences: Seq[Sequence], totals: Totals, return_outputs: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -470,18 +385,8 @@ class Trainer:
         """
         references, baseline = self.scorer.reference(sequences), self.scorer.baseline(sequences)
         part = Step(list(sequences), totals, references, baseline)
-        loss, logps, _ = self._loss(part)
+        loss, logps, _ = self.runner.loss(part)
         return (loss, logps) if return_outputs else loss
-
-    def _loss(self, step: Step) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tree = build_tree(step.sequences)
-        below = None if self.lower is None else self.lower.of(tree)
-        with autocast(self.model):
-            logps = target_logprobs(self.model, tree, self.scorer.backend, below=below)
-        layout = layout_of(step.sequences, logps.device, step.baseline)
-        theirs = None if step.references is None else torch.cat(step.references).to(logps.device)
-        loss, told = loss_of(self.terms, logps, theirs, layout, step.totals)
-        return loss, logps, told
 
     def _clip(self) -> float | None:
         """Scale the gradients down to the largest norm allowed; their norm before that."""
@@ -533,9 +438,9 @@ class Trainer:
         if not len(part):
             return {}
         has = self.scorer.has_reference
-        references = self._references(part, range(len(part))) if has else None
+        references = self.runner.references(part, range(len(part))) if has else None
         logps = self.scorer.part_logps(part)
-        figures = held_out_figures(part, self.scorer, self.terms, logps, references)
+        figures = held_out_figures(part, self.scorer, self.runner.terms, logps, references)
         return {f"{prefix}_{name}": value for name, value in figures.items()}
 
     def record_losses(self, part: Part) -> list[list[float]]:
@@ -611,8 +516,8 @@ class Trainer:
                         parameter.copy_(tensors[key])
                 folder = "adapter" if name == wanted else f"adapter-{name}"
                 self.save_model(self.folder.path / folder)
-        if self.lower is not None:
-            self.lower.remove()
+        if self.runner.lower is not None:
+            self.runner.lower.remove()
         return Result(self.folder.path, self.folder.path / "adapter", self.progress.metrics or {})
 
     def save_model(self, folder: str | Path) -> None:

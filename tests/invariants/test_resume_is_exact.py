@@ -97,7 +97,7 @@ def test_a_stop_between_steps(tmp_path: Path, tiny_base: Path, whole: Any, step:
     def stop() -> None:
         trainer.stop.requested = True
 
-    trainer.terms = terms_of(trainer.config.objective, Spy(step, stop))
+    trainer.runner.terms = terms_of(trainer.config.objective, Spy(step, stop))
     trainer.stop.requested = step == 0
     with pytest.raises(Interrupted) as raised:
         trainer.train()

@@ -78,6 +78,11 @@ class Part:
         numbers = np.flatnonzero(np.isin(self.store.record, self.numbers))
         return self.store.sequence(int(numbers[np.argmax(self.store.length[numbers])]), 0)
 
+    def longest_records(self, count: int) -> list[int]:
+        """The records with most tokens, the longest first."""
+        tokens = np.bincount(self.store.record, self.store.length)[self.numbers]
+        return np.argsort(-tokens, kind="stable")[:count].tolist()
+
     @cached_property
     def sources(self) -> list[str]:
         """[n] what each record's source is called."""

@@ -1,0 +1,182 @@
+"""A step's gradient: its micro-batches through the model, one after another."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stemtune.data.prepare import Part
+from stemtune.figures import preferences_of
+from stemtune.guards import suspects
+from stemtune.lower import LowerStates
+from stemtune.metrics import Metrics
+from stemtune.objectives import Term, Totals, layout_of, loss_of, totals_of
+from stemtune.plan.pack import count_distinct
+from stemtune.reference import StoredReference
+from stemtune.score import Scorer, autocast
+from stemtune.tree.build import build_tree
+from stemtune.tree.logprobs import target_logprobs
+from stemtune.tree.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step, or a micro-batch of it, is run with.
+
+    Attributes:
+        totals: of the whole step: what its losses are divided by.
+        references: for each sequence the reference's log-probabilities.
+        baseline: KTO's, of the whole step.
+    """
+
+    sequences: list[Sequence]
+    totals: Totals
+    references: list[Tensor] | None
+    baseline: Tensor | None
+
+    def of(self, batch: list[int]) -> "Step":
+        """A micro-batch."""
+        theirs = self.references
+        return replace(
+            self,
+            sequences=[self.sequences[index] for index in batch],
+            references=None if theirs is None else [theirs[index] for index in batch],
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to.
+
+    Attributes:
+        loss: its mean.
+        distinct: tokens that were computed.
+        told: the objectives' figures.
+        logps: for each sequence the log-probabilities of its targets.
+    """
+
+    step: Step
+    loss: float
+    distinct: int
+    told: Metrics
+    logps: list[Tensor]
+
+    @property
+    def suspects(self) -> list[int]:
+        """Records to name if the loss or the gradient is no number."""
+        return suspects(self.step.sequences, self.logps)
+
+
+class StepRunner:
+    """Turns the records of a step into the gradient of its loss.
+
+    Attributes:
+        stored: the reference's log-probabilities, where they are stored.
+        lower: what the blocks below the adapter give, where that is kept.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        part: Part,
+        terms: list[Term],
+        accelerator: Accelerator,
+        optimizer: Any,
+    ) -> None:
+        self.scorer, self.part, self.terms = scorer, part, terms
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.model = scorer.model
+        self.stored: StoredReference | None = None
+        self.lower: LowerStates | None = None
+
+    def gather(self, records: Seq[int]) -> Step:
+        """What a step needs besides the trained model: known before any of it is run."""
+        sequences = self.part.of(records)
+        return Step(
+            sequences,
+            totals_of(sequences),
+            self.references(self.part, records),
+            self.scorer.baseline(sequences),
+        )
+
+    def references(self, part: Part, records: Seq[int]) -> list[Tensor] | None:
+        """For each sequence the reference's log-probabilities; None where no objective has one."""
+        if self.stored is None:
+            return self.scorer.reference(part.of(records))
+        return self.stored.of(part, records)
+
+    def rehearse(self, records: Seq[int]) -> None:
+        """Run the largest micro-batch of a step for nothing but the memory it takes: what does not
+        fit is found before the first step, and halves the micro-batches of all."""
+        step = self.gather(records)
+        while True:
+            try:
+                largest = step.of(self.scorer.micro_batches(step.sequences)[0])
+                self._backward(self.loss(largest)[0])
+                return
+            except torch.OutOfMemoryError:
+                self.scorer.halve_budget(step.sequences)
+            finally:
+                self.optimizer.zero_grad()
+
+    def accumulate(self, step: Step, seed: int) -> Outcome:
+        """The step's gradient, micro-batch by micro-batch. Out of memory, the whole step is done
+        again in smaller micro-batches.
+
+        Args:
+            seed: of its dropout, which so depends neither on what ran before nor on a resume.
+        """
+        while True:
+            torch.manual_seed(seed)
+            try:
+                return self._run_micro_batches(step)
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad()
+                self.scorer.halve_budget(step.sequences)
+
+    def _run_micro_batches(self, step: Step) -> Outcome:
+        self.model.train()
+        total, distinct = 0.0, 0
+        told: Metrics = {}
+        logps: list[Tensor] = [torch.empty(0)] * len(step.sequences)
+        for batch in self.scorer.micro_batches(step.sequences):
+            part = step.of(batch)
+            loss, found, more = self.loss(part)
+            self._backward(loss)
+            total += float(loss.detach())
+            for name, value in more.items():
+                told[name] = told.get(name, 0.0) + float(value)
+            counts = [sequence.num_targets for sequence in part.sequences]
+            for index, mine in zip(batch, found.detach().cpu().split(counts), strict=True):
+                logps[index] = mine
+            distinct += self._computed(part)
+        if self.scorer.compares:
+            theirs = None if step.references is None else torch.cat(step.references)
+            sources = [self.part.sources[sequence.record] for sequence in step.sequences]
+            told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
+        return Outcome(step, total, distinct, told, logps)
+
+    def _backward(self, loss: Tensor) -> None:
+        if loss.requires_grad:
+            self.accelerator.backward(loss)
+
+    def _computed(self, part: Step) -> int:
+        """Tokens of a micro-batch that went through the model."""
+        if self.scorer.backend == "padded":
+            return sum(len(sequence) for sequence in part.sequences)
+        return count_distinct(part.sequences)
+
+    def loss(self, step: Step) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What a micro-batch adds to its step's loss, its log-probabilities [T], and what its
+        objectives tell."""
+        tree = build_tree(step.sequences)
+        below = None if self.lower is None else self.lower.of(tree)
+        with autocast(self.model):
+            logps = target_logprobs(self.model, tree, self.scorer.backend, below=below)
+        layout = layout_of(step.sequences, logps.device, step.baseline)
+        theirs = None if step.references is None else torch.cat(step.references).to(logps.device)
+        loss, told = loss_of(self.terms, logps, theirs, layout, step.totals)
+        return loss, logps, told
