@@ -387,18 +387,24 @@ def _expected(key: Key) -> str:
     return type_name(field.annotation) if field else ""
 
 
+_TYPE_NAMES: list[tuple[Any, str]] = [
+    (int, "a whole number"),
+    (float, "a number"),
+    (str, "text"),
+    (bool, "true or false"),
+    (type(None), "null"),
+    (Duration, "seconds or h:mm:ss"),
+]
+
+
 def type_name(annotation: Any) -> str:
     """A field's type in words."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if annotation in names:
-        return names[annotation]
-    if annotation is type(None):
-        return "null"
+    name = next((name for known, name in _TYPE_NAMES if annotation == known), None)
+    if name is not None:
+        return name
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section with keys"
     parts = get_args(annotation)
-    if annotation == Duration:
-        return "seconds or h:mm:ss"
     if get_origin(annotation) is Annotated:
         return type_name(parts[0])
     if get_origin(annotation) in (list, dict):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stemtune import network
 from stemtune.config import Model
 from stemtune.errors import ModelError
 from stemtune.model import hub
@@ -24,8 +25,9 @@ import time
 time.sleep = lambda _: None  # the Hub's own client waits for seconds between its tries
 from stemtune.config import Model
 from stemtune.errors import StemtuneError
+from stemtune import network
 from stemtune.model import hub
-hub.TRYING = 1.0
+network.TRYING = 1.0
 try:
     folder = hub.fetch(Model(base="someone/tiny", {settings}))
     print(folder.name, *sorted(path.name for path in folder.iterdir()))
@@ -155,9 +157,9 @@ def test_waits_grow_and_are_bounded() -> None:
         raise ConnectionError("refused")
 
     with pytest.raises(ConnectionError):
-        hub.retried(call, clock.wait, clock.read)
-    assert len(clock.waits) > 5 and max(clock.waits) <= hub.LONGEST
-    assert hub.TRYING - hub.LONGEST <= clock.now <= hub.TRYING
+        network.retried(call, clock.wait, clock.read)
+    assert len(clock.waits) > 5 and max(clock.waits) <= network.LONGEST
+    assert network.TRYING - network.LONGEST <= clock.now <= network.TRYING
 
 
 def test_a_download_that_gets_on_is_not_given_up() -> None:
@@ -170,7 +172,7 @@ def test_a_download_that_gets_on_is_not_given_up() -> None:
             raise ConnectionError("reset")
         return "done"
 
-    assert hub.retried(call, clock.wait, clock.read) == "done"
+    assert network.retried(call, clock.wait, clock.read) == "done"
 
 
 def test_what_does_not_pass_is_not_tried_again() -> None:
@@ -180,7 +182,7 @@ def test_what_does_not_pass_is_not_tried_again() -> None:
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
-        hub.retried(call, clock.wait, clock.read)
+        network.retried(call, clock.wait, clock.read)
     assert not clock.waits
 
 

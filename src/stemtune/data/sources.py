@@ -26,6 +26,7 @@ from stemtune.data.records import Place
 from stemtune.data.script import is_break
 from stemtune.data.zstd import ZstdReader
 from stemtune.errors import DataError, ModelError
+from stemtune.network import first_line, retried
 
 KINDS = {
     ".jsonl": "jsonl",
@@ -307,16 +308,18 @@ def _load_hub(source: Source) -> Any:
     """
     from datasets import load_dataset_builder
 
-    try:
+    def call() -> Any:
         builder = load_dataset_builder(source.path, source.name, revision=source.revision)
         module = type(builder).__module__
         if not re.search(r"packaged_modules\.(json|csv|parquet|arrow)\b", module):
             raise ValueError(f"it is not plain rows, but needs the builder {module}")
         builder.download_and_prepare()
         return builder.as_dataset(split=source.split)
+
+    try:
+        return retried(call)
     except Exception as error:  # datasets, the hub, pyarrow: each has its own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"can't load {source.split!r} of the dataset {source.path!r}: {reason}"
+        what = f"can't load {source.split!r} of the dataset {source.path!r}: {first_line(error)}"
         hint = "is the name right (or the path, if you mean a file), and is the network there?"
         raise ModelError(what, where="data.path", hint=hint) from error
 

@@ -5,19 +5,12 @@ Only what a model needs is fetched, and no pickles and no code unless they were 
 
 import hashlib
 import json
-import logging
-import os
-import random
 import re
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -25,17 +18,11 @@ from huggingface_hub.errors import (
 
 from stemtune.config import Model
 from stemtune.errors import DiskError, ModelError
-
-log = logging.getLogger(__name__)
-Found = TypeVar("Found")
+from stemtune.network import first_line, http_error, is_offline, network_error, retried
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 PICKLED = ["*.bin"]
 CODE = ["*.py"]
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
-TRYING = 60.0  # seconds of nothing but failures
-GOT_ON = 60.0  # seconds of a call that must have got something before it failed
-FIRST, LONGEST = 1.0, 20.0  # seconds of a wait
 
 
 def fetch(config: Model) -> Path:
@@ -55,7 +42,7 @@ def fetch(config: Model) -> Path:
     try:
         folder = Path(retried(call))
     except OSError as error:
-        if _http_error(error) is None and _network_error(error) is None and error.errno:
+        if http_error(error) is None and network_error(error) is None and error.errno:
             hint = "free some space, or set HF_HOME to another disk"
             raise DiskError(
                 f"can't keep the base: {error.strerror}", where="model.base", hint=hint
@@ -65,33 +52,6 @@ def fetch(config: Model) -> Path:
         raise _explained(config, error) from error
     verify(folder)
     return folder
-
-
-def retried(
-    call: Callable[[], Found],
-    sleep: Callable[[float], None] = time.sleep,
-    clock: Callable[[], float] = time.monotonic,
-) -> Found:
-    """`call`, again and again while what it raises may pass: a network or a server that is down.
-
-    Waits grow from one second to twenty, each of a random length up to that (full jitter, so that
-    many machines don't come back at once). A minute of nothing but failures is enough; a
-    download that got on for a while begins a new count, and goes on where it stopped.
-    """
-    since, longest = clock(), FIRST
-    while True:
-        began = clock()
-        try:
-            return call()
-        except Exception as error:
-            if clock() - began > GOT_ON:
-                since, longest = clock(), FIRST
-            wait = random.uniform(0, longest)
-            if not _may_pass(error) or clock() - since + wait > TRYING or _offline():
-                raise
-            log.warning("%s; trying again in %.0f s", _first_line(error), wait)
-            sleep(wait)
-            longest = min(2 * longest, LONGEST)
 
 
 def verify(folder: Path) -> None:
@@ -169,7 +129,7 @@ def _is_promised(blob: Path) -> bool:
 def _explained(config: Model, error: BaseException) -> ModelError:
     """One line for a person."""
     name = repr(config.base)
-    status = _http_error(error)
+    status = http_error(error)
     if isinstance(error, GatedRepoError):
         page = f"https://huggingface.co/{config.base}"
         what, hint = f"{name} is gated", f"ask for access at {page}, then `hf auth login`"
@@ -182,48 +142,11 @@ def _explained(config: Model, error: BaseException) -> ModelError:
         what, hint = f"the Hub does not know this token (401), for {name}", "`hf auth login`"
     elif status is not None:
         what, hint = f"the Hub answered {status} for {name}", "try again later"
-    elif _offline():
+    elif is_offline():
         what = f"{name} is not in the cache, and HF_HUB_OFFLINE is set"
         hint = "download it where there is a network: `hf download`"
-    elif _network_error(error) is not None or isinstance(error, LocalEntryNotFoundError):
+    elif network_error(error) is not None or isinstance(error, LocalEntryNotFoundError):
         what, hint = f"the Hub can't be reached for {name}", "is the network there?"
     else:
-        what, hint = f"can't load {name}: {_first_line(error)}", "is the name right?"
+        what, hint = f"can't load {name}: {first_line(error)}", "is the name right?"
     return ModelError(what, where="model.base", hint=hint)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _http_error(error: BaseException) -> int | None:
-    """The status of the answer behind an error."""
-    for one in _chain(error):
-        if isinstance(one, HfHubHTTPError):
-            return one.response.status_code
-    return None
-
-
-def _network_error(error: BaseException) -> BaseException | None:
-    """What the network library raised behind an error: its module depends on the Hub's version."""
-    for one in _chain(error):
-        if type(one).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            return one
-        if isinstance(one, ConnectionError | TimeoutError):
-            return one
-    return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    status = _http_error(error)
-    return status in PASSING if status is not None else _network_error(error) is not None
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
