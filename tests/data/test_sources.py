@@ -992,10 +992,19 @@ print("\\n" + json.dumps([tell(values) for values in json.loads(ASKED)]))
 """
 
 
+IMPATIENT = """
+import time
+time.sleep = lambda _: None  # the Hub's own client waits for seconds between its tries
+from stemtune import network
+network.TRYING = 3.0
+"""
+
+
 def surveys(folder: Path, endpoint: str, *asked: dict[str, Any], **variables: str) -> list[Any]:
     """What surveys with these settings say, in a process of their own."""
     values = json.dumps([{"eval_fraction": 0.0, **settings} for settings in asked])
-    done = run_python(f"ASKED = {values!r}\n{SURVEY}", folder, HF_ENDPOINT=endpoint, **variables)
+    code = f"ASKED = {values!r}\n{IMPATIENT}\n{SURVEY}"
+    done = run_python(code, folder, HF_ENDPOINT=endpoint, **variables)
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -1075,6 +1084,19 @@ def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
         found = surveys(tmp_path, hub, *({"path": name} for name in names))
     for name, one in zip(names, found, strict=True):
         check_refusal(one, name)
+
+
+def test_the_hub_is_down_for_a_while(tmp_path: Path) -> None:
+    """For longer than its own client tries."""
+    with serve({"me/rows": {"train.jsonl": jsonl(ROWS)}}, {"train.jsonl": ["503"] * 9}) as hub:
+        (found,) = surveys(tmp_path, hub, {"path": "me/rows"})
+    assert found["rows"] == 2
+
+
+def test_the_hub_stays_down(tmp_path: Path) -> None:
+    with serve({"me/rows": {"train.jsonl": jsonl(ROWS)}}, {"train.jsonl": ["503+"]}) as hub:
+        (found,) = surveys(tmp_path, hub, {"path": "me/rows"})
+    check_refusal(found, "me/rows")
 
 
 def test_no_network(tmp_path: Path) -> None:
