@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 import stemtune as st
 from stemtune import checkpoint, guards
+from stemtune.config import Train
 from stemtune.errors import ConfigError, DiskError, DivergedError, Interrupted, OutputBusyError
 from stemtune.guards import SpikeWatch
 from stemtune.interrupt import StopRequest
+from stemtune.saver import Saver
 from tests.runs import (
     IGNORED,
     Spy,
@@ -253,6 +256,22 @@ def test_too_little_space_is_said_before_training(
     assert not metrics_of(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("free", "warned"), [(50_000, True), (1_000_000, False)])
+def test_little_space_is_said_while_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    warned: bool,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("stemtune.saver.shutil.disk_usage", lambda _: usage._replace(free=free))
+    saver = Saver(tmp_path, Train())
+    saver.save(1, {"adapter": {"a": torch.zeros(10_000)}}, {}, None)  # 40 kB
+    saver.close()
+    assert any("the disk is nearly full" in message for message in caplog.messages) == warned
+
+
 def test_what_saving_cost_is_told(tmp_path: Path, tiny_base: Path) -> None:
     st.train(make_config(tmp_path, tiny_base, *SHORT))
     cost = run_info(tmp_path / "run")["saving"]
@@ -264,7 +283,6 @@ def test_numbers_are_on_the_disk_before_the_checkpoint(
 ) -> None:
     order: list[str] = []
     from stemtune.metrics import MetricsFile
-    from stemtune.saver import Saver
 
     sync, save = MetricsFile.sync, Saver.save
 

@@ -18,6 +18,7 @@ from stemtune.errors import DiskError
 
 log = logging.getLogger(__name__)
 Named = dict[str, dict[str, Tensor]]
+FEW_SAVES = 3  # with space for no more of them, the user is warned
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Saver:
 
     def _write(self, step: int, tensors: Named, state: dict[str, Any], best: int | None) -> None:
         started = time.perf_counter()
-        checkpoint.commit(self.folder, step, tensors, state)
+        path = checkpoint.commit(self.folder, step, tensors, state)
         kept = {best} if best else set[int]()
         if self.config.keep_every is not None:
             kept |= {s for s in checkpoint.steps(self.folder) if s % self.config.keep_every == 0}
@@ -93,6 +94,16 @@ class Saver:
         seconds = time.perf_counter() - started
         self.cost.written += seconds
         log.debug("saved step %d in %.2f s", step, seconds)
+        _warn_of_little_space(path)
+
+
+def _warn_of_little_space(path: Path) -> None:
+    """While there is time to do something about it."""
+    taken = sum(file.stat().st_size for file in path.iterdir())
+    free = shutil.disk_usage(path).free
+    if free < FEW_SAVES * taken:
+        sizes = f"{free / 1e9:.2f} GB are free, and a checkpoint takes {taken / 1e9:.2f}"
+        log.warning("the disk is nearly full: %s", sizes)
 
 
 def require_space(folder: Path, parameters: Iterable[Tensor], config: Train) -> None:
