@@ -817,7 +817,7 @@ SHORT = [
     "train.eval_steps=3",
     "train.save_steps=4",
 ]
-RESUMED = ["dpo", "kto", "init_from", "live", "micro-batches"]
+RESUMED = ["dpo", "kto", "init_from", "live", "micro-batches", "bfloat16"]
 
 
 def short_run(kind: str, folder: Path, base: Path, start: Path) -> st.Config:
@@ -828,6 +828,8 @@ def short_run(kind: str, folder: Path, base: Path, start: Path) -> st.Config:
             return run_of(folder, base, "dpo", *SHORT, "objective.reference=live")
         case "micro-batches":
             return run_of(folder, base, "dpo", *SHORT, "train.micro_batch_tokens=1")
+        case "bfloat16":
+            return run_of(folder, base, "dpo", *SHORT, "model.dtype=bfloat16")
         case _:
             return run_of(folder, base, kind, *SHORT)
 
