@@ -111,26 +111,7 @@ def trl(model: Any, tokenizer: Any, _budget: int, head_on_targets: bool = False)
     model, which a real run does once. The optimizer is made by the first `train()` and kept.
     """
     module = importlib.import_module("trl")  # late: nobody else should pay for TRL, or need it
-    config = module.SFTConfig(
-        output_dir=str(Path(tempfile.gettempdir()) / "stemtune-bench-trl"),
-        per_device_train_batch_size=1,
-        max_steps=1,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=_is_half(model),
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        optim="adamw_torch_fused",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    config = module.SFTConfig(**trl_settings(model), dataset_kwargs={"skip_prepare_dataset": True})
     clock = _step_clock()
     trainer = module.SFTTrainer(
         model=model,
@@ -149,6 +130,29 @@ def trl(model: Any, tokenizer: Any, _budget: int, head_on_targets: bool = False)
         return float(result.training_loss), clock.seconds
 
     return step
+
+
+def trl_settings(model: Any) -> dict[str, Any]:
+    """What its trainers for supervised data and for preferences are given alike."""
+    return {
+        "output_dir": str(Path(tempfile.gettempdir()) / "stemtune-bench-trl"),
+        "per_device_train_batch_size": 1,
+        "max_steps": 1,
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "bf16": _is_half(model),
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "optim": "adamw_torch_fused",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def trl_head(model: Any, tokenizer: Any, budget: int) -> Step:

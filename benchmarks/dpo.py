@@ -31,13 +31,12 @@ from typing import Any
 import torch
 from base import DTYPES, load_adapted, load_base
 from contestants import (
-    LEARNING_RATE,
     _adamw,
     _fused_head_on_targets,
-    _is_half,
     _silence,
     _step_clock,
     autocast,
+    trl_settings,
 )
 from peak import matmul_peak, step_flops
 from sft import check_losses, machine, note, quiet, ratios_to_best_peer
@@ -237,26 +236,7 @@ def trl(model: Any, tokenizer: Any, _budget: int, *, head_on_targets: bool = Fal
     import trl as module
     from datasets import Dataset
 
-    config = module.DPOConfig(
-        output_dir=str(ROOT / "build" / "trl"),
-        per_device_train_batch_size=1,
-        max_steps=1,
-        max_length=None,
-        beta=BETA,
-        gradient_checkpointing=False,
-        bf16=_is_half(model),
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        optim="adamw_torch_fused",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    config = module.DPOConfig(**trl_settings(model), beta=BETA)
     clock = _step_clock()
     trainer = module.DPOTrainer(
         model=model,
