@@ -51,8 +51,10 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 def _seconds(value: Any) -> Any:
     """`0:30:00` as seconds: YAML itself reads only those that begin with another digit so."""
-    if not isinstance(value, str) or not re.fullmatch(r"(\d+:)?\d{1,2}:\d{2}", value):
+    if not isinstance(value, str):
         return value
+    if not re.fullmatch(r"(\d+:)?\d{1,2}:\d{2}", value):
+        raise ValueError("write 3600, or 1:00:00")
     total = 0
     for part in value.split(":"):
         total = 60 * total + int(part)

@@ -17,6 +17,7 @@ import stemtune as st
 from stemtune import checkpoint
 from stemtune.rundir import RunFolder
 from tests.chaos.lab import Lab, Row, child, committed, newest
+from tests.models import save_tiny_model
 from tests.runs import Spy, metrics_of, run_info, write_rows
 
 Fault = Callable[[Lab, int], Row]
@@ -462,17 +463,23 @@ def out_of_memory(lab: Lab, count: int) -> Row:
 def changed_on_resume(lab: Lab, count: int) -> Row:
     """Other rows, another setting, another base: refused, unless allowed by name."""
     row = Row("data, settings or base changed before a resume")
-    changes: dict[str, tuple[str, str]] = {
-        "data": ("", "data"),
-        "train.learning_rate": ("train.learning_rate=1e-3", "train"),
-        "train.seed": ("train.seed=5", "train.seed"),
-        "data.samples": ("data.samples=turn", "data"),
-    }
-    for name, (setting, allowed) in list(changes.items())[:count]:
+    other = lab.folder / "other-base"
+    save_tiny_model(other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: 1.01 * v for k, v in weights.items()}, other / "model.safetensors")
+    changes: list[tuple[str, list[str]]] = [
+        ("", ["data"]),
+        ("train.learning_rate=1e-3", ["train"]),
+        ("train.seed=5", ["train.seed", "data"]),  # other records are held out, too
+        ("data.samples=turn", ["data"]),
+        (f"model.base={other}", ["base"]),
+    ]
+    for number in range(count):
+        setting, allowed = changes[number % len(changes)]
         config, run = _interrupted(lab)
         overrides = [setting] if setting else []
-        with row.attempt(name):
-            if name == "data":
+        with row.attempt(setting or "other rows"):
+            if not setting:
                 rows = [{"context": f"q{n}", "target": f"a{n}"} for n in range(20)]
                 write_rows(run.parent / "rows.jsonl", rows)
             from tests.chaos.lab import SETTINGS
@@ -481,9 +488,9 @@ def changed_on_resume(lab: Lab, count: int) -> Row:
             process = child(lambda changed=changed: st.train(changed))
             code = process.wait()
             assert code == 2, f"it ended with {code}: {process.said()}"
-            assert "has changed" in run_info(run)["reason"], run_info(run)["reason"]
+            assert "can't resume" in run_info(run)["reason"], run_info(run)["reason"]
             process = child(
-                lambda changed=changed, allowed=allowed: st.train(changed, allow_changes=[allowed])
+                lambda changed=changed, allowed=allowed: st.train(changed, allow_changes=allowed)
             )
             code = process.wait()
             assert code == 0, f"allowed, it ended with {code}: {process.said()}"
