@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -369,14 +370,22 @@ def test_out_of_memory_changes_nothing(
     assert [line["grad_norm"] for line in ours] == pytest.approx(norms, rel=1e-4)
 
 
-def test_out_of_memory_late_in_a_step(tmp_path: Path, tiny_base: Path) -> None:
+def gpu_full() -> None:
+    raise torch.OutOfMemoryError
+
+
+def cpu_full() -> None:
+    """What a CPU's allocator says itself."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("full", [gpu_full, cpu_full])
+def test_out_of_memory_late_in_a_step(
+    tmp_path: Path, tiny_base: Path, full: Callable[[], None]
+) -> None:
     """Half of a step's gradient is there already: it must not count twice."""
     overrides = ["train.max_steps=3", "train.micro_batch_tokens=300"]
     expected = st.train(make_config(tmp_path / "whole", tiny_base, *overrides)).output_dir
-
-    def full() -> None:
-        raise torch.OutOfMemoryError
-
     trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides), objective=Spy(2, full))
     trainer.train()
     assert trainer.scorer.budget == 150

@@ -13,6 +13,7 @@ from stemtune.config import Config
 from stemtune.data.prepare import Part
 from stemtune.errors import OutOfMemoryError
 from stemtune.model.adapter import starting_point
+from stemtune.model.memory import memory_errors
 from stemtune.objectives.mismatched import baseline, mismatched
 from stemtune.plan.pack import MicroBatch, pack
 from stemtune.tree.build import build_tree
@@ -79,7 +80,7 @@ class Scorer:
         """
         while True:
             try:
-                with nullcontext() if adapter else self.model.disable_adapter():
+                with memory_errors(), nullcontext() if adapter else self.model.disable_adapter():
                     return self._logps(sequences)
             except torch.OutOfMemoryError:
                 self.halve_budget(sequences)

@@ -13,6 +13,7 @@ from stemtune.figures import preferences_of
 from stemtune.guards import suspects
 from stemtune.lower import LowerStates
 from stemtune.metrics import Metrics
+from stemtune.model.memory import memory_errors
 from stemtune.objectives import Term, Totals, layout_of, loss_of, totals_of
 from stemtune.plan.pack import count_distinct
 from stemtune.reference import StoredReference
@@ -115,7 +116,8 @@ class StepRunner:
         while True:
             try:
                 largest = step.of(self.scorer.micro_batches(step.sequences)[0])
-                self._backward(self.loss(largest)[0])
+                with memory_errors():
+                    self._backward(self.loss(largest)[0])
                 return
             except torch.OutOfMemoryError:
                 self.scorer.halve_budget(step.sequences)
@@ -132,7 +134,8 @@ class StepRunner:
         while True:
             torch.manual_seed(seed)
             try:
-                return self._run_micro_batches(step)
+                with memory_errors():
+                    return self._run_micro_batches(step)
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad()
                 self.scorer.halve_budget(step.sequences)

@@ -1,6 +1,8 @@
 """How much memory a micro-batch takes, and how much was taken."""
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -50,6 +52,24 @@ def _bytes_per_token(model: nn.Module, sequence: Sequence, backend: str) -> floa
     total = sum(seen.values())
     del kept
     return max(1.0, total / size)
+
+
+@contextmanager
+def memory_errors() -> Generator[None]:
+    """Within it a CPU out of memory raises what a GPU does: torch's allocator there raises a plain
+    RuntimeError, with this text.
+
+    Raises:
+        torch.OutOfMemoryError: see above.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        if any(text in str(error) for text in ("can't allocate memory", "std::bad_alloc")):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def free_memory(device: torch.device) -> int:
