@@ -32,6 +32,10 @@ pytestmark = IGNORED
 SHORT = ["train.max_steps=5", "train.batch_size=4", "train.save_steps=2"]
 
 
+def crash() -> None:
+    raise RuntimeError("crash")
+
+
 class NaN(Spy):
     """The SFT objective, with a loss of NaN in some calls."""
 
@@ -186,9 +190,6 @@ def test_the_same_command_again(tmp_path: Path, tiny_base: Path) -> None:
     whole = st.train(make_config(tmp_path / "whole", tiny_base, *SHORT))
     config = make_config(tmp_path / "a", tiny_base, *SHORT, "output.on_existing=resume")
 
-    def crash() -> None:
-        raise RuntimeError("crash")
-
     for at in (1, 4):  # before the first checkpoint, and behind it
         with pytest.raises(RuntimeError):
             st.train(config, objective=Spy(at, crash))
@@ -238,6 +239,33 @@ def test_what_names_nothing_to_allow(tmp_path: Path, tiny_base: Path, name: str,
     with pytest.raises(ConfigError, match="can't be allowed to change") as found:
         st.train(config, resume=True, allow_changes=[name])
     assert hint in found.value.hint
+
+
+def test_other_files_of_a_base_of_the_hub(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub names them by their hashes: a commit that holds others now is not the same base."""
+    snapshot = tmp_path / ("c" * 40)
+    snapshot.mkdir()
+    for file in tiny_base.iterdir():
+        blob = tmp_path / f"blob-of-{file.name}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(blob)
+    monkeypatch.setattr("stemtune.model.load._fetched", lambda _: snapshot)
+    config = make_config(tmp_path, tiny_base, *SHORT, "model.base=someone/tiny")
+    with pytest.raises(RuntimeError):
+        st.train(config, objective=Spy(4, crash))
+    base = run_info(tmp_path / "run")["base"]
+    assert base["name"] == "someone/tiny" and base["revision"] == snapshot.name
+    assert base["files"] == {
+        name: f"blob-of-{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")
+    }
+    (tmp_path / "blob-of-config.json").rename(tmp_path / "other")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"base\.config\.json: is not what it was"):
+        st.train(config, resume=True)
+    st.train(config, resume=True, allow_changes=["base"])
 
 
 # -- the disk -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
-from stemtune.model.load import fingerprint, load_model, load_tokenizer, require_base
+from stemtune.model.load import fingerprint, hashes_of, load_model, load_tokenizer, require_base
 from stemtune.model.memory import peak_memory
 from stemtune.model.save import save_adapter
 from stemtune.objectives import Objective, Term, Totals, terms_of
@@ -196,7 +196,8 @@ class Trainer:
     @property
     def _facts(self) -> dict[str, str]:
         """Fingerprints of what a resumed run must find as it was."""
-        return {"data": self.data.fingerprint, "adapter.init_from": self.start}
+        base = {f"base.{name}": value for name, value in hashes_of(self.config.model).items()}
+        return {"data": self.data.fingerprint, "adapter.init_from": self.start, **base}
 
     def _load_model(
         self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str], terms: list[Term]
@@ -532,6 +533,12 @@ class Trainer:
         ledger = self.data.ledger
         self.folder.write(
             fingerprint=self.data.fingerprint,
+            base={
+                "name": self.config.model.base,
+                "revision": self.resolved.model.revision,
+                "weights": self.base_fingerprint,
+                "files": hashes_of(self.config.model),
+            },
             attention=self.scorer.backend,
             steps=len(self.plan),
             ledger={

@@ -88,6 +88,13 @@ def verify(folder: Path) -> None:
         return
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """By file what the Hub promised of weights, configuration and tokenizer, as `verify` saw it;
+    empty for a folder that is not of its cache."""
+    names = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    return {path.name: path.resolve().name for path in sorted(names) if path.is_symlink()}
+
+
 def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
     """Refuse weights that lie outside of the folder or that only a pickle holds.
 

@@ -94,6 +94,11 @@ def commit_of(config: Model) -> str | None:
     return base_source(config).name if is_on_hub(config) else config.revision
 
 
+def hashes_of(config: Model) -> dict[str, str]:
+    """By file what a base of the Hub consists of; empty for others."""
+    return hub.file_hashes(base_source(config)) if is_on_hub(config) else {}
+
+
 @cache
 def _fetched(config: str) -> Path:
     return hub.fetch(Model.model_validate_json(config))
