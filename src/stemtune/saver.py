@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stemtune import checkpoint
@@ -49,7 +50,18 @@ class Saver:
         self.folder, self.config = folder, config
         self.cost = Cost()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._room: Named = {}
         self._pending: Future[None] | None = None
+
+    def reserve(self, tensors: Named) -> None:
+        """Take the memory of snapshots of such tensors, in the background: the system clears it
+        page by page, which takes longer than to fill it."""
+        self.wait()
+
+        def take() -> None:
+            self._room = _room_for(tensors, {})
+
+        self._pending = self._writer.submit(take)
 
     def save(self, step: int, tensors: Named, state: dict[str, Any], best: int | None) -> None:
         """Commit a checkpoint; only the snapshot is waited for.
@@ -62,11 +74,13 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
-        snapshot = {
-            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in named.items()}
-            for name, named in tensors.items()
-        }
-        self._pending = self._writer.submit(self._write, step, snapshot, copy.deepcopy(state), best)
+        self._room = _room_for(tensors, self._room)
+        for name, named in tensors.items():
+            for key, tensor in named.items():
+                self._room[name][key].copy_(tensor.detach())
+        self._pending = self._writer.submit(
+            self._write, step, self._room, copy.deepcopy(state), best
+        )
         self.cost.saves += 1
         self.cost.waited += time.perf_counter() - started
 
@@ -95,6 +109,21 @@ class Saver:
         self.cost.written += seconds
         log.debug("saved step %d in %.2f s", step, seconds)
         _warn_of_little_space(path)
+
+
+def _room_for(tensors: Named, room: Named) -> Named:
+    """Memory like these tensors, touched; of `room` what fits."""
+
+    def place(name: str, key: str, tensor: Tensor) -> Tensor:
+        there = room.get(name, {}).get(key)
+        if there is not None and (there.shape, there.dtype) == (tensor.shape, tensor.dtype):
+            return there
+        return torch.zeros_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+
+    return {
+        name: {key: place(name, key, tensor) for key, tensor in named.items()}
+        for name, named in tensors.items()
+    }
 
 
 def _warn_of_little_space(path: Path) -> None:

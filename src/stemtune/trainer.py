@@ -298,6 +298,8 @@ class Trainer:
             while self.progress.step < total:
                 self._stop_if_asked()
                 line = self._step(self.plan[self.progress.step])
+                if self.progress.step == start + 1:  # now the optimizer has its state
+                    self.saver.reserve(self._tensors())
                 self._log(line)
                 console.step(line)
                 self.stop.look_at_clock(needed=2 * line["seconds"])
@@ -488,14 +490,17 @@ class Trainer:
             "rounding": rounding(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
-        tensors = {
+        with self.folder.phase("saving"):
+            self.metrics_file.sync()  # a checkpoint is not to know more than its metrics
+            self.saver.save(self.progress.step, self._tensors(), state, self.progress.best_step)
+        self.folder.write(phase="training", saving=vars(self.saver.cost))
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps of model and optimizer."""
+        return {
             "adapter": {name: p.data for name, p in self.parameters.items()},
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
         }
-        with self.folder.phase("saving"):
-            self.metrics_file.sync()  # a checkpoint is not to know more than its metrics
-            self.saver.save(self.progress.step, tensors, state, self.progress.best_step)
-        self.folder.write(phase="training", saving=vars(self.saver.cost))
 
     def _finish(self) -> Result:
         """Write `adapter/`: the best or the last, and the other one beside it."""
