@@ -1,10 +1,11 @@
 """When to stop: a signal or a deadline asks for it at the next step, a second signal at once."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
 from types import FrameType
 
@@ -43,7 +44,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        log.warning("%s: stopping after this step, with a checkpoint; again to stop at once", name)
+        # Not by a logger: the signal may have come in the middle of a logger's own writing.
+        said = f"{name}: stopping after this step, with a checkpoint; again to stop at once\n"
+        with suppress(OSError):
+            os.write(2, said.encode())
 
     def look_at_clock(self, needed: float) -> None:
         """Ask for a stop if there is no time left for what comes next.

@@ -156,7 +156,7 @@ def test_a_signal_stops_after_the_step(
     tiny_base: Path,
     stemtune: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     number: signal.Signals,
 ) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -164,7 +164,7 @@ def test_a_signal_stops_after_the_step(
         OBJECTIVES, "sft", (Spy(3, lambda: os.kill(os.getpid(), number)), "targets")
     )
     assert stemtune("train", write_run_file(tmp_path, tiny_base), *SHORT) == 75
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert f"{number.name}: stopping after this step" in said
     assert "interrupted: stopped at step 3 of 4; it is saved" in said
     assert "--resume" in said
