@@ -402,8 +402,10 @@ def test_the_largest_micro_batch_is_tried_first(
     monkeypatch.setattr("stemtune.trainer.REHEARSED_FROM", 2)
     overrides = ["train.max_steps=3", "train.batch_size=2", "train.micro_batch_tokens=800"]
     expected = st.train(make_config(tmp_path / "whole", tiny_base, *overrides)).output_dir
+    modes: list[bool] = []
 
     def full() -> None:
+        modes.append(all(m.training for m in trainer.model.modules()))
         raise torch.OutOfMemoryError
 
     trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides), objective=Spy(1, full))
@@ -421,6 +423,7 @@ def test_the_largest_micro_batch_is_tried_first(
     monkeypatch.setattr(trainer, "_step", spied)
     trainer.train()
     assert budgets == [400] * 3  # found before the first step
+    assert modes == [True]  # elsewhere activation checkpointing is off, and more memory taken
     ours, theirs = steps_of(tmp_path / "run"), steps_of(expected)
     assert [line["loss"] for line in ours] == pytest.approx([x["loss"] for x in theirs], abs=1e-5)
 

@@ -113,6 +113,7 @@ class StepRunner:
         """Run the largest micro-batch of a step for nothing but the memory it takes: what does not
         fit is found before the first step, and halves the micro-batches of all."""
         step = self.gather(records)
+        self.model.train()  # activations are checkpointed in training alone
         while True:
             try:
                 largest = step.of(self.scorer.micro_batches(step.sequences)[0])

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -193,7 +194,7 @@ class Trainer:
             seed=train.seed,
         )
 
-    @property
+    @cached_property
     def _facts(self) -> dict[str, str]:
         """Fingerprints of what a resumed run must find as it was."""
         base = {f"base.{name}": value for name, value in hashes_of(self.config.model).items()}
