@@ -79,6 +79,11 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the frozen base is held and computed in. `auto` takes bfloat16 where the device is
     clearly faster in it, else float32. The adapter itself is always float32."""
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Hold the linear layers of the base's blocks in 4 or 8 bits (QLoRA), by bitsandbytes; products
+    are in `dtype`. Head, embeddings and norms stay as they are."""
+    double_quantization: bool = True
+    """Of nf4 and fp4: quantize their scales as well, 0.4 bits a weight less."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run. `auto` takes the first of cuda, mps and cpu that is there."""
     attention: Literal["auto", "segments", "varlen", "flex", "padded"] = "auto"
@@ -106,7 +111,19 @@ class Adapter(Section):
     dropout: Fraction = 0.05
     """Dropout on the adapter's input. A shared token has one mask for all its sequences."""
     target_modules: str | list[str] = "auto"
-    """`auto` (every linear layer of every block), or a list of module names."""
+    """`auto` (the linear layers of attention and MLP in every block), `all-linear` (routers and the
+    like as well; never the head), or names and patterns: `q_proj`, `*_proj`, `layers.3.mlp.*`."""
+    use_rslora: bool = False
+    """Rank-stabilised: the update is scaled by alpha / √r."""
+    use_dora: bool = False
+    """Weight-decomposed: the length of each of a weight's rows is trained as well. Slower, and
+    refused by vLLM and llama.cpp."""
+    init_weights: Literal["default", "pissa", "loftq"] = "default"
+    """What the update starts from. `default`: nothing. `pissa`: the base's principal components,
+    which are taken out of it. `loftq`: what the quantization of the base loses."""
+    modules_to_save: list[str] = []
+    """Layers that are trained whole, such as `lm_head` and `embed_tokens`. vLLM and llama.cpp
+    refuse such an adapter: merge it."""
     layers: Positive | None = None
     """Adapt this many of the upper blocks; all of them, if left out. What lies below is run forward
     only, and keeps nothing for the backward pass."""
@@ -478,6 +495,11 @@ class Train(Section):
     """How the learning rate falls after the warm-up."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+: B's learning rate over A's."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW, its state in fp32; in 8 bits or in memory that is paged out to the CPU's by
+    bitsandbytes."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -493,6 +515,8 @@ class Train(Section):
     starts from what the free memory should hold, and halves when memory runs out."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep activations in the CPU's memory until the backward pass. For a GPU."""
     keep_lower_states: bool = False
     """Keep on disk, for each distinct token, what the blocks below `adapter.layers` give: every
     epoch then runs the upper blocks alone. The space it takes is said before."""
