@@ -165,10 +165,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_model(folder: Path | str, family: str = "llama") -> None:
-    """Write a base that `model.base` can name: config, weights, tokenizer, template."""
+def save_tiny_model(folder: Path | str, family: str = "llama", **overrides: Any) -> None:
+    """Write a base that `model.base` can name: config, weights, tokenizer, template. `overrides`
+    are values of its config."""
     tokenizer = tiny_tokenizer()
     end = tokenizer.eos_token_id
-    model = tiny_model(family, vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end)
+    values = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end}
+    model = tiny_model(family, **values, **overrides)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

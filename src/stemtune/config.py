@@ -128,6 +128,18 @@ class Adapter(Section):
     """Adapt this many of the upper blocks; all of them, if left out. What lies below is run forward
     only, and keeps nothing for the backward pass."""
 
+    @model_validator(mode="after")
+    def _variants_agree(self) -> Self:
+        if self.init_from is not None and self.init_weights != "default":
+            raise ValueError("an adapter that training goes on with has its weights already")
+        if self.init_weights != "default" and self.use_dora:
+            raise ValueError(
+                f"`use_dora` and `init_weights: {self.init_weights}` exclude each other"
+            )
+        if self.init_weights == "pissa" and self.modules_to_save:
+            raise ValueError("`init_weights: pissa` and `modules_to_save` exclude each other")
+        return self
+
 
 FORMATS = Literal[
     "auto",
@@ -594,6 +606,17 @@ class Config(Section):
             raise ValueError("plackett_luce ranks all answers: it needs data.pairs.mode: all")
         if "labelled" in kinds and self.train.batch_size < 2:
             raise ValueError("kto compares the answers of a step: train.batch_size is at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _base_suits_adapter(self) -> Self:
+        start, packed = self.adapter.init_weights, self.model.quantization
+        if start == "pissa" and packed:
+            raise ValueError("adapter.init_weights: pissa needs a base that is not quantized")
+        if start == "loftq" and not packed:
+            raise ValueError("adapter.init_weights: loftq needs a model.quantization")
+        if start == "loftq" and self.has_reference:
+            raise ValueError("adapter.init_weights: loftq leaves no reference to compare with")
         return self
 
     @property

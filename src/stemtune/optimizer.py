@@ -9,20 +9,31 @@ from torch import Tensor, nn
 from stemtune.config import Train
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: Train) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only: biases and norms have no scale to shrink."""
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    others = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+def make_optimizer(parameters: dict[str, nn.Parameter], config: Train) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only: biases and norms have no scale to shrink. Each group has a
+    `lr_ratio`, by which its rate differs from the schedule's (LoRA+, Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        ratio = config.loraplus_lr_ratio if "lora_B" in name else 1.0
+        groups.setdefault((decay, ratio), []).append(parameter)
+    grouped = [
+        {"params": params, "weight_decay": decay, "lr_ratio": ratio}
+        for (decay, ratio), params in groups.items()
     ]
-    device = next(iter(parameters.values())).device.type
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        fused=device in ("cpu", "cuda"),
-    )
+    if config.optimizer == "adamw":
+        device = next(iter(parameters.values())).device.type
+        fused = device in ("cpu", "cuda")
+        return torch.optim.AdamW(grouped, lr=config.learning_rate, fused=fused)
+    from bitsandbytes.optim import adamw as optim
+
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
+    return kinds[config.optimizer](grouped, lr=config.learning_rate)
 
 
 def learning_rate(step: int, total: int, config: Train) -> float:
@@ -44,10 +55,10 @@ def learning_rate(step: int, total: int, config: Train) -> float:
 
 
 def optimizer_tensors(optimizer: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter/key`."""
+    """The optimizer's state as `parameter/key`; numbers become tensors without dimensions."""
     state = optimizer.state
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in parameters.items()
         for key, value in state.get(parameter, {}).items()
     }
@@ -60,9 +71,12 @@ def load_optimizer(
     names = {parameter: name for name, parameter in parameters.items()}
     saved = optimizer.state_dict()
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-    keys: dict[str, dict[str, Tensor]] = {}
+    is_ours = isinstance(optimizer, torch.optim.AdamW)
+    keys: dict[str, dict[str, Any]] = {}
     for full, tensor in tensors.items():
         name, key = full.rsplit("/", 1)
-        keys.setdefault(name, {})[key] = tensor
+        # torch's counts steps in tensors, that of bitsandbytes in integers.
+        number = not is_ours and tensor.ndim == 0
+        keys.setdefault(name, {})[key] = int(tensor) if number else tensor
     saved["state"] = {index: keys[name] for index, name in enumerate(order) if name in keys}
     optimizer.load_state_dict(saved)

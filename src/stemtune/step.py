@@ -1,6 +1,7 @@
 """A step's gradient: its micro-batches through the model, one after another."""
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +87,10 @@ class StepRunner:
         terms: list[Term],
         accelerator: Accelerator,
         optimizer: Any,
+        *,
+        activation_offload: bool = False,
     ) -> None:
+        self.activation_offload = activation_offload
         self.scorer, self.part, self.terms = scorer, part, terms
         self.accelerator, self.optimizer = accelerator, optimizer
         self.model = scorer.model
@@ -163,6 +167,12 @@ class StepRunner:
             told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
         return Outcome(step, total, distinct, told, logps)
 
+    def _activations(self) -> AbstractContextManager[None]:
+        """Where they wait for the backward pass."""
+        if not self.activation_offload:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+
     def _backward(self, loss: Tensor) -> None:
         if loss.requires_grad:
             self.accelerator.backward(loss)
@@ -178,7 +188,7 @@ class StepRunner:
         objectives tell."""
         tree = build_tree(step.sequences)
         below = None if self.lower is None else self.lower.of(tree)
-        with autocast(self.model):
+        with autocast(self.model), self._activations():
             logps = target_logprobs(self.model, tree, self.scorer.backend, below=below)
         layout = layout_of(step.sequences, logps.device, step.baseline)
         theirs = None if step.references is None else torch.cat(step.references).to(logps.device)

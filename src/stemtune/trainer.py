@@ -26,8 +26,17 @@ from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
-from stemtune.model.load import fingerprint, hashes_of, load_model, load_tokenizer, require_base
+from stemtune.model.load import (
+    base_source,
+    fingerprint,
+    hashes_of,
+    load_model,
+    load_tokenizer,
+    require_base,
+)
+from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
+from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
 from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
@@ -154,6 +163,8 @@ class Trainer:
         self.start = require_adapter(config.adapter, config.model)
         lower.require_lower_blocks(config)
         require_trackers(config.tracking)
+        if config.train.optimizer != "adamw":
+            require_bitsandbytes("train.optimizer")
         self.folder.claim(resume)
         try:
             with self.folder.phase("preparing data"):
@@ -219,8 +230,10 @@ class Trainer:
             base,
             config.adapter,
             config.train.seed,
-            keep_start=config.has_reference,
+            has_reference=config.has_reference,
         )
+        if config.adapter.init_weights == "loftq" and saved is None:
+            start_from_residual(self.model, base_source(config.model), config.train.seed)
         if config.train.activation_checkpointing:
             base.activation_checkpointing_enable()
         self.parameters = trainable(self.model)
@@ -233,7 +246,12 @@ class Trainer:
             backend = saved.state["backend"]
         self.scorer = Scorer(self.model, config, backend, self._budget(saved, backend))
         self.runner = StepRunner(
-            self.scorer, self.data.train, terms, self.accelerator, self.optimizer
+            self.scorer,
+            self.data.train,
+            terms,
+            self.accelerator,
+            self.optimizer,
+            activation_offload=config.train.activation_offload,
         )
         self.resolved = resolved(config, self.model, backend, self.scorer.budget)
         if saved is not None:
@@ -341,7 +359,7 @@ class Trainer:
         sequences = step.sequences
         rate = learning_rate(self.progress.step, len(self.plan), self.config.train)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         seed = self.config.train.seed * 1_000_003 + self.progress.step
         outcome = self.runner.accumulate(step, seed)
         norm = self._clip()

@@ -13,7 +13,7 @@ import stemtune as st
 from stemtune import lower
 from stemtune.errors import ConfigError, DiskError
 from stemtune.lower import prefix_keys
-from stemtune.model.adapter import find_targets
+from stemtune.model.targets import find_targets
 from stemtune.tree.blocks import Below
 from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import lower_states

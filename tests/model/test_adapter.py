@@ -5,7 +5,8 @@ import torch
 
 from stemtune.config import Adapter
 from stemtune.errors import ConfigError
-from stemtune.model.adapter import add_adapter, find_targets, trainable
+from stemtune.model.adapter import add_adapter, trainable
+from stemtune.model.targets import find_targets
 from tests.models import tiny_model
 from tests.runs import IGNORED
 

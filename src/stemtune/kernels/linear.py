@@ -6,7 +6,9 @@ one maker. oneDNN comes with the same torch, computes the same sums in the same 
 """
 
 import platform
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _suits_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def frozen_linear(x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    """[..., in] to [..., out], in the dtype of the weight; no gradient for weight and bias.
+
+    Args:
+        weight: makes [out, in], in each pass anew: nothing keeps it.
+    """
+    return _FrozenLinear.apply(x, weight, bias)  # pyright: ignore
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            dense = weight()
+            y = linear(as_rows(x, dense.dtype), dense, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            dense = ctx.weight()
+            to_x = linear(as_rows(grads[0], dense.dtype), dense.t())
+        return to_x.view(*grads[0].shape[:-1], to_x.shape[-1]).to(ctx.dtype), None, None
+
+
+def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., n] as [N, n]."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:

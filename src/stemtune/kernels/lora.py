@@ -6,18 +6,19 @@ adds it; backward the same again. Here the update is added by the matrix product
 Shapes: N tokens, r the rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stemtune.kernels.linear import linear
+from stemtune.kernels.linear import as_rows, linear
 
 
 def lora_linear(
     x: Tensor,
     dropped: Tensor | None,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -28,7 +29,8 @@ def lora_linear(
     Args:
         x: [..., in].
         dropped: [..., in], d: x after dropout; None where that is x itself.
-        weight: [out, in], W, frozen.
+        weight: gives [out, in], W, frozen; called in each pass, so that a weight which is held in
+            few bits is dense for the moment of a product alone.
         bias: [out], frozen.
         a: [r, in]. b: [out, r].
 
@@ -45,42 +47,40 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
+        weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = _rows(x, weight.dtype)
-            inner = rows if dropped is None else _rows(dropped, weight.dtype)
-            a_, b_ = a.to(weight.dtype), (b * scale).to(weight.dtype)
+            dense = weight()
+            rows = as_rows(x, dense.dtype)
+            inner = rows if dropped is None else as_rows(dropped, dense.dtype)
+            a_, b_ = a.to(dense.dtype), (b * scale).to(dense.dtype)
             low = linear(inner, a_)
-            y = linear(rows, weight, bias).addmm_(low, b_.t())
-        ctx.save_for_backward(inner, low, weight, a_, b_)
-        ctx.scale, ctx.has_dropout, ctx.dtypes = scale, dropped is not None, (x.dtype, a.dtype)
-        return y.view(*x.shape[:-1], weight.shape[0])
+            y = linear(rows, dense, bias).addmm_(low, b_.t())
+        ctx.save_for_backward(inner, low, a_, b_)
+        ctx.weight, ctx.scale, ctx.has_dropout = weight, scale, dropped is not None
+        ctx.dtypes = (x.dtype, a.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inner, low, weight, a, b = ctx.saved_tensors
+        inner, low, a, b = ctx.saved_tensors
         x_dtype, a_dtype = ctx.dtypes
-        shape = (*grads[0].shape[:-1], weight.shape[1])
+        shape = (*grads[0].shape[:-1], a.shape[1])
         with torch.autocast(grads[0].device.type, enabled=False):
-            above = _rows(grads[0], weight.dtype)
+            above = as_rows(grads[0], a.dtype)
             update = torch.mm(above, b)
             to_a = torch.mm(update.t(), inner).to(a_dtype)
             to_b = torch.mm(above.t(), low).to(a_dtype).mul_(ctx.scale)
             to_x = to_dropped = None
             if ctx.needs_input_grad[0]:
-                to_x = linear(above, weight.t())
+                to_x = linear(above, ctx.weight().t())
                 if not ctx.has_dropout:
                     to_x.addmm_(update, a)
                 to_x = to_x.view(shape).to(x_dtype)
             if ctx.has_dropout and ctx.needs_input_grad[1]:
                 to_dropped = torch.mm(update, a).view(shape).to(x_dtype)
         return to_x, to_dropped, None, None, to_a, to_b, None
-
-
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)

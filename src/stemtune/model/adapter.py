@@ -15,19 +15,21 @@ from transformers import PreTrainedModel
 from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model.lora import use_fast_layers
+from stemtune.model.pissa import START, keep_start
+from stemtune.model.quantized import require_dense_for_dora
+from stemtune.model.targets import find_targets, require_modules, upper_layers
 
 PROMPT_FILE = "stemtune.json"
-START = "start"  # the frozen copy of an adapter that training goes on with
 
 
 def add_adapter(
-    model: PreTrainedModel, config: Adapter, seed: int, *, keep_start: bool = False
+    model: PreTrainedModel, config: Adapter, seed: int, *, has_reference: bool = False
 ) -> PeftModel:
     """The base with a fresh adapter, or with `config.init_from`; its weights are fp32, whatever the
     base is held in.
 
     Args:
-        keep_start: keep a frozen copy of an adapter that training goes on with, as the reference.
+        has_reference: keep a frozen copy of an adapter that training goes on with.
 
     Raises:
         ConfigError: no module has such a name, or the base has fewer blocks.
@@ -35,23 +37,38 @@ def add_adapter(
     """
     if config.init_from is not None:
         adapted = load_onto(model, adapter_folder(Path(config.init_from)), dropout=config.dropout)
-        if keep_start:
+        if has_reference:
             add_start(adapted, config)
         return adapted
-    targets = find_targets(model, config.target_modules)
-    layers = upper_layers(model, config.layers)
+    lora = lora_config(model, config)
     torch.manual_seed(seed)
-    lora = LoraConfig(
+    adapted = get_peft_model(model, use_fast_layers(lora))
+    assert isinstance(adapted, PeftModel)
+    if config.init_weights == "pissa":
+        keep_start(adapted)
+    for parameter in trainable(adapted).values():  # layers that are trained whole, too
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def lora_config(model: PreTrainedModel, config: Adapter) -> LoraConfig:
+    """What PEFT is asked for."""
+    require_modules(model, config.modules_to_save)
+    if config.use_dora:
+        require_dense_for_dora(model)
+    targets = find_targets(model, config.target_modules)
+    return LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        layers_to_transform=layers,
+        layers_to_transform=upper_layers(model, config.layers),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights="pissa" if config.init_weights == "pissa" else True,
+        modules_to_save=config.modules_to_save or None,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, use_fast_layers(lora))
-    assert isinstance(adapted, PeftModel)
-    return adapted
 
 
 def load_onto(model: PreTrainedModel, folder: Path, *, dropout: float | None = None) -> PeftModel:
@@ -188,47 +205,6 @@ def _base_of(folder: Path) -> str | None:
 def _same_place(base: str) -> str:
     """A folder's own name, however it was reached."""
     return str(Path(base).resolve()) if Path(base).is_dir() else base
-
-
-def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
-    """Names of the linear layers to adapt: those wanted, or with `auto` all but the head.
-
-    Raises:
-        ConfigError: a name that no linear layer has; the hint lists those there are.
-    """
-    head: Any = model.get_output_embeddings()
-    names = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
-    )
-    if wanted == "auto":
-        return names
-    missing = [
-        name for name in ([wanted] if isinstance(wanted, str) else wanted) if name not in names
-    ]
-    if missing:
-        what = f"no linear layer is named {', '.join(map(repr, missing))}"
-        hint = f"this base has {', '.join(names)}; or use auto"
-        raise ConfigError(what, where="adapter.target_modules", hint=hint)
-    return [wanted] if isinstance(wanted, str) else wanted
-
-
-def upper_layers(model: PreTrainedModel, wanted: int | None) -> list[int] | None:
-    """Numbers of the upper blocks; None for all.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
-    count: int = model.config.get_text_config().num_hidden_layers
-    if wanted is None or wanted == count:
-        return None
-    if wanted > count:
-        what = f"{wanted} blocks are to be adapted, and the base has {count}"
-        raise ConfigError(what, where="adapter.layers", hint=f"at most {count}")
-    return list(range(count - wanted, count))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

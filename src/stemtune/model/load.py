@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +21,7 @@ from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model import hub, smollm2
 from stemtune.model.processor import prepare_processor
+from stemtune.model.quantized import hold_packed, quantization, require_trainable
 
 log = logging.getLogger(__name__)
 SAMPLES = 64  # values of each weight that go into a base's fingerprint
@@ -38,18 +40,44 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     dtype = choose_dtype(config.dtype, device)
     source = base_source(config)
     hub.require_plain_weights(source, config.allow_pickled)
+    require_trainable(source, config)
+    packed = quantization(config, dtype)
+    more: dict[str, Any] = {}
+    if packed is not None:
+        more |= {"quantization_config": packed, "device_map": {"": device}}
     with _explained(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             # Never left out: transformers would ask, and a "y" runs the base's own code.
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickled else True,
             dtype=dtype,
+            output_loading_info=True,
+            **more,
         )
+    model: PreTrainedModel = loaded[0]
+    _require_whole(config, loaded[1])
     model.requires_grad_(False)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    log.info("%s on %s in %s", config.base, device, str(dtype).removeprefix("torch."))
+    if packed is None:
+        model.to(device)  # pyright: ignore[reportArgumentType]
+    hold_packed(model)
+    held = f", {config.quantization} weights" if config.quantization else ""
+    log.info("%s on %s in %s%s", config.base, device, str(dtype).removeprefix("torch."), held)
     return model, load_tokenizer(config)
+
+
+def _require_whole(config: Model, found: dict[str, Any]) -> None:
+    """Transformers draws at random what the files lack, and says so in a log.
+
+    Raises:
+        ModelError: the files lack weights, or have them in another shape.
+    """
+    lost = sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"])
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        what = f"the base lacks the weight {lost[0]}{more}, or has it in another shape"
+        hint = "is it whole? Do its config.json and its weights belong together?"
+        raise ModelError(what, where=config.base, hint=hint)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -8,13 +8,14 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from stemtune.kernels.linear import linear
+from stemtune.kernels.linear import as_rows, linear
 from stemtune.kernels.lora import lora_linear
+from stemtune.model.quantized import QuantizedLinear
 
 
 def use_fast_layers(config: LoraConfig) -> LoraConfig:
-    """Have PEFT make `FastLoraLinear` of every plain linear layer; what is quantized, or no linear
-    layer at all, gets PEFT's own. The adapter and its file are the same."""
+    """Have PEFT make `FastLoraLinear` of every linear layer, plain or in few bits; others get
+    PEFT's own. The adapter and its file are the same."""
     # PEFT wants a class; what it does is to call it, and to go on where that gives None.
     mapping = cast(dict[type[nn.Module], type[nn.Module]], {nn.Linear: _fast_layer})
     # Documented under "custom models", underscore or not.
@@ -27,7 +28,11 @@ def _fast_layer(
 ) -> nn.Module | None:
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     plain = type(layer) is nn.Linear and layer.weight.is_floating_point()
-    if not plain or config.fan_in_fan_out or kwargs.get("parameter_name"):
+    if (
+        not (plain or isinstance(layer, QuantizedLinear))
+        or config.fan_in_fan_out
+        or kwargs.get("parameter_name")
+    ):
         return None
     return FastLoraLinear(target, adapter_name, config=config, **kwargs)
 
@@ -39,13 +44,15 @@ class FastLoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         base = cast(nn.Linear, self.get_base_layer())
-        if args or kwargs or self.merged or not _one_dtype(x, base):
+        packed = isinstance(base, QuantizedLinear)
+        dtype = base.dtype if packed else base.weight.dtype
+        if args or kwargs or self.merged or not _one_dtype(x, dtype):
             return super().forward(x, *args, **kwargs)
         names = (
             [] if self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
         )
-        if not names and not torch.is_grad_enabled():
-            rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
+        if not names and not torch.is_grad_enabled() and not packed:
+            rows = as_rows(x, dtype)
             return linear(rows, base.weight, base.bias).view(*x.shape[:-1], -1)
         if len(names) != 1 or names[0] in self.lora_variant or base.weight.requires_grad:
             return super().forward(x)
@@ -54,14 +61,15 @@ class FastLoraLinear(Linear):
             return super().forward(x)
         dropout = self.lora_dropout[names[0]]
         dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
+        weight = base.dense if packed else lambda: base.weight
         return lora_linear(
-            x, dropped, base.weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
+            x, dropped, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
         )
 
 
-def _one_dtype(x: Tensor, base: nn.Linear) -> bool:
+def _one_dtype(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether all of a layer's products are in the dtype of its weights."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind) == base.weight.dtype
-    return x.dtype == base.weight.dtype == torch.float32
+        return torch.get_autocast_dtype(kind) == dtype
+    return x.dtype == dtype == torch.float32

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config, Model
@@ -13,6 +14,7 @@ from stemtune.errors import ModelError
 from stemtune.model import smollm2
 from stemtune.model.adapter import PROMPT_FILE, load_onto
 from stemtune.model.load import load_model
+from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
 from stemtune.rundir import write_text
 
 HUB_NAMES = {smollm2.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -33,13 +35,7 @@ def save_adapter(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    peft_config: Any = model.peft_config["default"]
-    peft_config.base_model_name_or_path = HUB_NAMES.get(config.model.base, config.model.base)
-    peft_config.revision = config.model.revision
-    # The base's embeddings are never trained; without the flag PEFT asks the Hub about them.
-    model.save_pretrained(
-        str(temporary), save_embedding_layers=False, selected_adapters=["default"]
-    )
+    _save_weights(model, temporary, config)
     tokenizer.save_pretrained(str(temporary))
     tokenizer_config = temporary / "tokenizer_config.json"
     values = json.loads(tokenizer_config.read_text(encoding="utf-8"))
@@ -61,6 +57,23 @@ def save_adapter(
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def _save_weights(model: PeftModel, folder: Path, config: Config) -> None:
+    """PEFT's two files."""
+    peft_config: Any = model.peft_config["default"]
+    peft_config.base_model_name_or_path = HUB_NAMES.get(config.model.base, config.model.base)
+    peft_config.revision = config.model.revision
+    if is_pissa(model):
+        ordinary, tensors = on_the_base_as_it_was(model)
+        folder.mkdir(parents=True)
+        ordinary.save_pretrained(str(folder))
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return
+    # Layers that are trained whole are saved anyway; without the flag PEFT asks the Hub about
+    # embeddings.
+    model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=["default"])
 
 
 def _window(config: Config) -> dict[str, Any]:
