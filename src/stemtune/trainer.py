@@ -38,6 +38,7 @@ from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
 from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
+from stemtune.model.serving import serving_notes
 from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.steps import plan_steps
@@ -165,6 +166,8 @@ class Trainer:
         require_trackers(config.tracking)
         if config.train.optimizer != "adamw":
             require_bitsandbytes("train.optimizer")
+        for note in serving_notes(config.adapter):
+            log.warning("serving this adapter: %s", note)
         self.folder.claim(resume)
         try:
             with self.folder.phase("preparing data"):

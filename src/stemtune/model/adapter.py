@@ -67,6 +67,8 @@ def lora_config(model: PreTrainedModel, config: Adapter) -> LoraConfig:
         use_dora=config.use_dora,
         init_lora_weights="pissa" if config.init_weights == "pissa" else True,
         modules_to_save=config.modules_to_save or None,
+        # A head that is the embeddings' matrix stays so.
+        ensure_weight_tying=bool(config.modules_to_save and model.config.tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
 
