@@ -46,6 +46,14 @@ WAYS = {
     "activation checkpointing": ["train.activation_checkpointing=true"],
     "turns": ["data.samples=turn", "data.batching=record"],
     "bfloat16": ["model.dtype=bfloat16"],
+    "nf4": ["model.quantization=nf4"],
+    "int8, bfloat16": ["model.quantization=int8", "model.dtype=bfloat16"],
+    "8-bit optimizer": ["train.optimizer=adamw_8bit", "adapter.r=128"],
+    "loftq": ["model.quantization=nf4", "adapter.init_weights=loftq"],
+    "pissa": ["adapter.init_weights=pissa"],
+    "dora": ["adapter.use_dora=true"],
+    "lora+, a head": ["train.loraplus_lr_ratio=4", "adapter.modules_to_save=[lm_head]"],
+    "activation offload": ["train.activation_offload=true"],
     "bfloat16, many micro-batches": ["model.dtype=bfloat16", "train.micro_batch_tokens=1"],
 }
 

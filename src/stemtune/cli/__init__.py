@@ -10,7 +10,7 @@ import sys
 import typer
 
 from stemtune import __version__
-from stemtune.cli import chat, check, env, eval_, init, train
+from stemtune.cli import chat, check, env, eval_, init, merge, train
 from stemtune.cli.common import quieten_libraries
 from stemtune.errors import StemtuneError
 from stemtune.redact import redacted
@@ -28,6 +28,7 @@ app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("chat")(chat.chat)
+app.command("merge")(merge.merge)
 app.command("env")(env.env)
 
 

@@ -106,11 +106,7 @@ def require_trainable(folder: Path, config: Model) -> None:
         ModelError: with the reason.
         ConfigError: it comes quantized, and is to be quantized again.
     """
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        method = (found.get("quantization_config") or {}).get("quant_method", "")
-    except (OSError, ValueError, AttributeError):
-        return  # transformers says what is wrong with it
+    method = comes_quantized(folder)
     if not method:
         return
     if method not in TRAINED_ON:
@@ -121,6 +117,33 @@ def require_trainable(folder: Path, config: Model) -> None:
         hint = "leave model.quantization out"
         raise ConfigError("the base comes quantized already", where=WHERE, hint=hint)
     require_bitsandbytes("model.base")
+
+
+def comes_quantized(folder: Path) -> str:
+    """How a base in a folder was quantized; empty for one as it was trained."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str((found.get("quantization_config") or {}).get("quant_method", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""  # transformers says what is wrong with it
+
+
+def rounded(weight: Tensor, config: Model) -> Tensor:
+    """A weight [out, in] as a base that is quantized so holds it."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    size = (weight.shape[1], weight.shape[0])
+    if config.quantization == "int8":
+        layer: Any = Linear8bitLt(*size, bias=False, has_fp16_weights=False)
+    else:
+        layer = Linear4bit(
+            *size,
+            bias=False,
+            compress_statistics=config.double_quantization,
+            quant_type=config.quantization or "nf4",
+        )
+    layer.load_state_dict({"weight": weight})
+    return QuantizedLinear(layer.to("cpu"), weight.dtype).dense()
 
 
 def require_dense_for_dora(model: PreTrainedModel) -> None:

@@ -44,6 +44,7 @@ def save_adapter(
     write_text(tokenizer_config, json.dumps(values, indent=2, ensure_ascii=False))
     prompt = {
         "model": config.model.model_dump(),
+        "adapter": {"init_weights": config.adapter.init_weights},
         "system": config.data.system,
         "template": config.data.template,
         "max_length": config.data.max_length,
