@@ -13,18 +13,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
+    Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GPT2Config,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
+    MambaConfig,
+    MiniCPM3Config,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 VOCAB_SIZE = 64
@@ -40,6 +53,25 @@ SHAPE = {
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
+}
+
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+LATENT = {  # multi-head latent attention
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Five letters and more are past where it changes.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 6,
 }
 
 # What each family adds to, or changes in, the shape above.
@@ -62,6 +94,57 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": 4,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": 5.0,
+        },
+    ),
+    # Scores that are capped, in windows and without.
+    "gemma2 (capped)": (Gemma2Config, {**GEMMA, "attn_logit_softcapping": 3.0}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": (Phi3Config, {}),
+    "phi3 (long)": (
+        Phi3Config,
+        {
+            "rope_parameters": LONG_ROPE,
+            "original_max_position_embeddings": 6,
+            "max_position_embeddings": 24,
+        },
+    ),
+    "minicpm3": (MiniCPM3Config, LATENT),
+    "olmo2": (Olmo2Config, {}),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0]}),
+    "starcoder2": (Starcoder2Config, {"sliding_window": 4}),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen3_moe": (Qwen3MoeConfig, {"head_dim": 8, **EXPERTS}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            **LATENT,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # No attention to give a function to, in all of their blocks or in some.
+    "mamba": (MambaConfig, {}),
+    "qwen3_next": (
+        Qwen3NextConfig,
+        {
+            "head_dim": 8,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     # Heads that are more than a matrix: a scale, a bias (and a soft cap: gemma2).
@@ -96,7 +179,11 @@ def tiny_model(
     config = config_class(**{**SHAPE, **changes, "vocab_size": vocab_size, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        # Experts one by one, the plain way, where attention is plain as well: for an oracle.
+        plain = {"experts_implementation": "eager"} if attn_implementation == "eager" else {}
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, **plain
+        )
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")):  # transformers starts them at zero
                 torch.nn.init.normal_(parameter, std=0.3)

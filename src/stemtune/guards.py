@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from statistics import median
 
@@ -38,6 +38,13 @@ class SpikeWatch:
         distance = loss - middle
         limit = max(SPREADS * spread, abs(middle) / 5)
         return distance if distance > limit else None
+
+
+def unreached(parameters: Mapping[str, Tensor]) -> list[str]:
+    """Those without a gradient behind a backward pass, where others have one: layers past whose
+    adapter a model reads the weight itself."""
+    without = [name for name, parameter in parameters.items() if parameter.grad is None]
+    return without if len(without) < len(parameters) else []
 
 
 def is_finite(loss: float, norm: float | None) -> bool:

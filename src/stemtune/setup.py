@@ -26,7 +26,7 @@ def checked_backend(model: PeftModel, wanted: str, sequences: Seq[Sequence]) -> 
         sequences: of the first step; some of them are compared.
     """
     base = base_model(model)
-    backend = choose_backend(wanted, base.device, base.dtype)
+    backend = choose_backend(wanted, base.device, base.dtype, base.config)
     if backend == "padded":
         return backend
     with autocast(model):

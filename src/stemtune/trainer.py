@@ -21,7 +21,7 @@ from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.errors import DivergedError, Interrupted
 from stemtune.figures import held_out_figures, losses_by_record
-from stemtune.guards import SpikeWatch, all_finite, is_finite
+from stemtune.guards import SpikeWatch, all_finite, is_finite, unreached
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
@@ -159,6 +159,7 @@ class Trainer:
         self.stop = StopRequest(config.train.time_limit)
         self.saver = Saver(self.folder.checkpoints, config.train)
         self.spikes = SpikeWatch()
+        self._reach_is_known = False
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
         self.start = require_adapter(config.adapter, config.model)
@@ -365,6 +366,8 @@ class Trainer:
             group["lr"] = rate * group["lr_ratio"]
         seed = self.config.train.seed * 1_000_003 + self.progress.step
         outcome = self.runner.accumulate(step, seed)
+        if not self._reach_is_known:
+            self._warn_of_unreached()
         norm = self._clip()
         loss, distinct = outcome.loss, outcome.distinct
         numbers = is_finite(loss, norm)
@@ -443,6 +446,13 @@ class Trainer:
     def _places(self, records: Seq[int]) -> str:
         """Where the first few of some records stand."""
         return ", ".join(str(self.data.train.place(record)) for record in records[:3])
+
+    def _warn_of_unreached(self) -> None:
+        self._reach_is_known = True
+        names = unreached(self.parameters)
+        if names:
+            what = "%d of %d trained weights get no gradient, the first is %s"
+            log.warning(what, len(names), len(self.parameters), names[0])
 
     def _watch(self, loss: float) -> None:
         distance = self.spikes.above(loss) if math.isfinite(loss) else None

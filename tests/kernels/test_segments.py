@@ -32,7 +32,9 @@ def states(kv_heads: int, seed: int = 0, size: float = 1.0) -> list[Tensor]:
     return [size * q, k, v]
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float | None = None
+) -> Tensor:
     """A head and a token at a time, by autograd."""
     rows: list[Tensor] = []
     for head in range(q.shape[0]):
@@ -41,9 +43,10 @@ def formula(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
             path = [index for part in segment.path for index in range(*part)]
             for token in range(segment.start, segment.end):
                 seen = path[: path.index(token) + 1][-(window or len(path)) :]
-                weights = torch.softmax(SCALE * k[kv_head, seen] @ q[head, token], dim=0)
-                rows.append(weights @ v[kv_head, seen])
-    return torch.stack(rows).view(q.shape)
+                scores = SCALE * k[kv_head, seen] @ q[head, token]
+                scores = scores if cap is None else cap * torch.tanh(scores / cap)
+                rows.append(torch.softmax(scores, dim=0) @ v[kv_head, seen])
+    return torch.stack(rows).view(*q.shape[:2], v.shape[-1])
 
 
 def gradients(
@@ -67,6 +70,39 @@ def test_value_and_gradients(
         lambda q, k, v: segments_attention(q, k, v, FOREST, SCALE, window), inputs, above
     )
     expected = gradients(lambda q, k, v: formula(q, k, v, window), inputs, above)
+    assert largest_error(found[0], expected[0]) < 1e-12
+    assert all(largest_error(a, b) < 1e-12 for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("rows", [3, 384])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("cap", [0.5, 2.0, 50.0])
+def test_capped_scores(
+    cap: float, window: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CPU_ROWS", rows)
+    inputs, above = states(2, size=3.0), states(2, seed=1)[0]
+    found = gradients(
+        lambda q, k, v: segments_attention(q, k, v, FOREST, SCALE, window, cap), inputs, above
+    )
+    expected = gradients(lambda q, k, v: formula(q, k, v, window, cap), inputs, above)
+    assert largest_error(found[0], expected[0]) < 1e-12
+    assert all(largest_error(a, b) < 1e-12 for a, b in zip(found[1], expected[1], strict=True))
+    assert largest_error(found[0], formula(*inputs, window)) > 1e-3
+
+
+@pytest.mark.parametrize("width", [1, 5, 12])
+def test_values_of_another_width(width: int) -> None:
+    q, k, _ = states(2)
+    generator = torch.Generator().manual_seed(3)
+    v, above = (
+        torch.randn(heads, TOKENS, width, generator=generator, dtype=torch.float64)
+        for heads in (2, 4)
+    )
+    found = gradients(
+        lambda q, k, v: segments_attention(q, k, v, FOREST, SCALE, 5), [q, k, v], above
+    )
+    expected = gradients(lambda q, k, v: formula(q, k, v, 5), [q, k, v], above)
     assert largest_error(found[0], expected[0]) < 1e-12
     assert all(largest_error(a, b) < 1e-12 for a, b in zip(found[1], expected[1], strict=True))
 

@@ -177,6 +177,18 @@ def test_a_tied_head_is_one_matrix(tmp_path: Path) -> None:
     assert largest_error(ours, by_peft(tmp_path / "base", tmp_path / "run" / "adapter")) < 1e-5
 
 
+def test_layers_that_no_gradient_reaches_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mamba's kernels read the weights of dt_proj themselves."""
+    save_tiny_model(tmp_path / "base", "mamba")
+    train(tmp_path / "auto", tmp_path / "base", "model.attention=auto")
+    assert "get no gradient" not in caplog.text
+    overrides = ["model.attention=auto", "adapter.target_modules=[in_proj, dt_proj]"]
+    train(tmp_path / "named", tmp_path / "base", *overrides)
+    assert "4 of 8 trained weights get no gradient, the first is" in caplog.text
+
+
 # -- what engines refuse ----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma2Config, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stemtune as st
@@ -216,10 +217,21 @@ def test_varlen_on_cuda_is_as_near_to_the_truth_as_eager(family: str, dtype: tor
     ],
 )
 def test_choose_backend(wanted: str, device: str, dtype: torch.dtype, chosen: str) -> None:
-    assert choose_backend(wanted, torch.device(device), dtype) == chosen
+    config = LlamaConfig()
+    assert choose_backend(wanted, torch.device(device), dtype, config) == chosen
 
 
-@pytest.mark.parametrize("extra", ["s_aux", "position_bias", "softcap"])
+def test_a_cap_on_scores_is_not_for_varlen() -> None:
+    device, capped = torch.device("cuda"), Gemma2Config(attn_logit_softcapping=50.0)
+    assert choose_backend("auto", device, torch.bfloat16, capped) == "segments"
+    tree = build_tree(CASES["a shared stem"])
+    states = random_states(tree.num_distinct, 2, seed=5)
+    layout = TreeLayout(tree, "varlen", CPU)
+    with pytest.raises(NotImplementedError, match="a cap on scores"):
+        tree_attention(torch.nn.Module(), *states, None, tree=layout, softcap=50.0)
+
+
+@pytest.mark.parametrize("extra", ["s_aux", "position_bias"])
 def test_refuses_what_no_back_end_does(extra: str) -> None:
     tree = build_tree(CASES["a shared stem"])
     states = random_states(tree.num_distinct, 2, seed=5)

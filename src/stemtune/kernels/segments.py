@@ -4,8 +4,8 @@ The scores are computed again for the backward pass instead of being kept, so th
 the tokens, not with their square. The G query heads of a key/value head are stacked as rows of one
 matrix product: keys are never repeated. Gradients of keys and values are added up in one buffer.
 
-Shapes: N packed tokens, H query heads, K key/value heads, G = H / K, D head width; a segment has
-n tokens and its path (ancestors and itself) m.
+Shapes: N packed tokens, H query heads, K key/value heads, G = H / K, D head width (of values E); a
+segment has n tokens and its path (ancestors and itself) m.
 """
 
 from collections.abc import Iterator
@@ -41,22 +41,24 @@ def segments_attention(
     segments: list[SegmentPath],
     scale: float,
     window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """softmax(scale · q Kᵀ) V for each segment's queries over the keys of its path.
 
     Args:
-        query: [H, N, D]. key, value: [K, N, D], of one dtype.
+        query: [H, N, D]. key: [K, N, D]. value: [K, N, E]. All of one dtype.
         segments: they cover all N tokens.
         window: how many keys up to its own a query sees; None for all.
+        cap: scores become cap · tanh(score / cap).
 
     Returns:
-        [H, N, D].
+        [H, N, E].
 
     Source:
         Backward as in FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135, with P
         the weights: ∂V = Pᵀ ∂O, ∂S = P ∘ (∂O Vᵀ - rowsum(∂O ∘ O)), ∂Q = ∂S K, ∂K = ∂Sᵀ Q.
     """
-    return _Segments.apply(query, key, value, segments, scale, window)  # pyright: ignore
+    return _Segments.apply(query, key, value, segments, scale, window, cap)  # pyright: ignore
 
 
 class _Segments(torch.autograd.Function):
@@ -69,16 +71,18 @@ class _Segments(torch.autograd.Function):
         segments: list[SegmentPath],
         scale: float,
         window: int | None,
+        cap: float | None,
     ) -> Tensor:
         queries = _stack(query * scale, key.shape[0])
-        output = _tokens_first(queries)
+        output = _tokens_first(queries, value.shape[-1])
         for segment in segments:
             keys, values = _take(key, segment.path), _take(value, segment.path)
             for block in _blocks(segment, queries, window):
-                weights = _weights(_rows(queries, block), keys, block)
+                scores = _scores(_rows(queries, block), keys, block, cap)
+                weights = _weights(scores, block)
                 _put(output, block, torch.bmm(weights, values[:, block.keys]))
         ctx.save_for_backward(query, key, value, output)
-        ctx.segments, ctx.scale, ctx.window = segments, scale, window
+        ctx.segments, ctx.scale, ctx.window, ctx.cap = segments, scale, window, cap
         return output.flatten(0, 1)
 
     @staticmethod
@@ -89,19 +93,20 @@ class _Segments(torch.autograd.Function):
         above = _stack(grads[0], key.shape[0])
         # rowsum(∂O ∘ O), what softmax takes off each row
         mean = (above * output).sum(-1, keepdim=True, dtype=wide).to(query.dtype)
-        to_query = _tokens_first(queries)
-        to_key, to_value = (
-            key.new_zeros(key.shape, dtype=wide),
-            key.new_zeros(key.shape, dtype=wide),
-        )
+        to_query = _tokens_first(queries, queries.shape[-1])
+        to_key, to_value = (x.new_zeros(x.shape, dtype=wide) for x in (key, value))
         for segment in ctx.segments:
             keys, values = _take(key, segment.path), _take(value, segment.path)
-            to_keys, to_values = (keys.new_zeros(keys.shape, dtype=wide) for _ in range(2))
+            to_keys, to_values = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
             for block in _blocks(segment, queries, ctx.window):
                 rows, own = _rows(queries, block), _rows(above, block)
-                weights = _weights(rows, keys, block)
+                scores = _scores(rows, keys, block, ctx.cap)
+                slope = None if ctx.cap is None else 1 - (scores / ctx.cap) ** 2
+                weights = _weights(scores, block)
                 to_scores = torch.bmm(own, values[:, block.keys].mT)
                 to_scores.sub_(_rows(mean, block)).mul_(weights)
+                if slope is not None:
+                    to_scores.mul_(slope)
                 _add_product(to_values[:, block.keys], weights, own)
                 _add_product(to_keys[:, block.keys], to_scores, rows)
                 _put(to_query, block, torch.bmm(to_scores, keys[:, block.keys]))
@@ -109,7 +114,7 @@ class _Segments(torch.autograd.Function):
             _give(to_value, to_values, segment.path)
         to_query.mul_(ctx.scale)
         to_key, to_value = to_key.to(key.dtype), to_value.to(value.dtype)
-        return to_query.flatten(0, 1), to_key, to_value, None, None, None
+        return to_query.flatten(0, 1), to_key, to_value, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -148,12 +153,17 @@ def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterat
         yield _Block(slice(start, end), keys, outside, stacked.device)
 
 
-def _weights(rows: Tensor, keys: Tensor, block: _Block) -> Tensor:
-    """Softmax of the scores of a block's queries [K, G·rows, D] over its keys."""
+def _scores(rows: Tensor, keys: Tensor, block: _Block, cap: float | None) -> Tensor:
+    """Of a block's queries [K, G·rows, D] with its keys."""
     scores = torch.bmm(rows, keys[:, block.keys].mT)
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
+def _weights(scores: Tensor, block: _Block) -> Tensor:
+    """Their softmax over the keys that each query sees; the scores are written over."""
     count = block.rows.stop - block.rows.start
     by_row = scores.unflatten(1, (-1, count))
-    by_row[..., -count:].masked_fill_(_future(count, rows.device), float("-inf"))
+    by_row[..., -count:].masked_fill_(_future(count, scores.device), float("-inf"))
     if block.outside:
         by_row[..., : block.outside].masked_fill_(block.past, float("-inf"))
     return torch.softmax(scores, dim=-1)
@@ -188,9 +198,9 @@ def _put(stacked: Tensor, block: _Block, rows: Tensor) -> None:
     stacked[:, :, block.rows] = rows.unflatten(1, (stacked.shape[1], -1))
 
 
-def _tokens_first(stacked: Tensor) -> Tensor:
-    """Room for [K, G, N, D], in memory by token, as the layer behind attention reads it."""
-    kv_heads, groups, tokens, width = stacked.shape
+def _tokens_first(stacked: Tensor, width: int) -> Tensor:
+    """Room for [K, G, N, width], in memory by token, as the layer behind attention reads it."""
+    kv_heads, groups, tokens, _ = stacked.shape
     return stacked.new_empty(tokens, kv_heads, groups, width).permute(1, 2, 0, 3)
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError
@@ -57,11 +58,15 @@ def lora_config(model: PreTrainedModel, config: Adapter) -> LoraConfig:
     if config.use_dora:
         require_dense_for_dora(model)
     targets = find_targets(model, config.target_modules)
+    kinds = {
+        type(module) for name, module in model.named_modules() if name.endswith(tuple(targets))
+    }
     return LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        fan_in_fan_out=kinds == {Conv1D},
         layers_to_transform=upper_layers(model, config.layers),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,

@@ -13,6 +13,9 @@ from stemtune.errors import ConfigError
 SHOWN = 30
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts: no projection
+OF_MAMBA = ("out_proj", "dt_proj")  # its kernels read these weights themselves, past an adapter
+# Experts are one parameter each layer; a shared expert's layers have the names that they once had.
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
@@ -29,7 +32,8 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     if wanted == "all-linear":
         chosen = linear
     elif wanted == "auto":
-        chosen = [n for n in linear if IN_A_BLOCK.search(n) and _last(n) not in ROUTERS]
+        left_out = {*ROUTERS, *_taken_otherwise(model)}
+        chosen = [n for n in linear if IN_A_BLOCK.search(n) and _last(n) not in left_out]
     else:
         chosen = _named(linear, [wanted] if isinstance(wanted, str) else wanted)
     if not chosen:
@@ -49,6 +53,14 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
+
+
+def _taken_otherwise(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names that PEFT takes for something else, or refuses, in such a model."""
+    if "mamba" in model.config.model_type or model.config.model_type == "falcon_h1":
+        return OF_MAMBA
+    experts = any("experts" in name and p.ndim == 3 for name, p in model.named_parameters())
+    return OF_EXPERTS if experts else ()
 
 
 def _named(linear: list[str], wanted: list[str]) -> list[str]:

@@ -111,17 +111,40 @@ def tree_attention(
     Raises:
         NotImplementedError: the architecture asks for something no tree back end does.
     """
+    cap = kwargs.get("softcap")
+    if tree is None and cap is not None:
+        return capped_attention(query, key, value, attention_mask, kwargs["scaling"], cap), None
     if tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    unknown = [k for k in ("s_aux", "position_bias", "softcap") if kwargs.get(k) is not None]
+    unknown = [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]
     if unknown:
         raise NotImplementedError(f"attention with {unknown[0]} over a tree")
     if kwargs.get("dropout"):
         raise NotImplementedError("attention dropout over a tree")
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     window = kwargs.get("sliding_window")
-    result = BACKENDS[tree.backend](query, key, value, tree, scale, window)
+    result = BACKENDS[tree.backend](query, key, value, tree, scale, window, cap)
     return result, None
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """What SDPA can't do, without a tree: scores become cap · tanh(score / cap).
+
+    Args:
+        mask: [B, 1, queries, keys], of booleans; None where it is the causal one, or there is a
+            single query.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scores = cap * torch.tanh(query @ key.mT * scale / cap)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def register() -> None:
@@ -131,7 +154,13 @@ def register() -> None:
 
 
 def segments_attention(
-    query: Tensor, key: Tensor, value: Tensor, tree: TreeLayout, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeLayout,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """Segment by segment: its queries over the keys of its path. Any device; the reference."""
     kind = query.device.type
@@ -139,17 +168,28 @@ def segments_attention(
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     result = segments.segments_attention(
-        query[0], key[0], value[0], tree.segment_paths, scale, window
+        query[0], key[0], value[0], tree.segment_paths, scale, window, cap
     )
     return result.transpose(0, 1)[None]
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, tree: TreeLayout, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeLayout,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """One variable-length FlashAttention call over gathered keys; its causal mask is aligned to
     the bottom right, which is just a segment's place at the end of its path. CUDA, half precision.
+
+    Raises:
+        NotImplementedError: scores are to be capped.
     """
+    if cap is not None:
+        raise NotImplementedError("varlen attention with a cap on scores: use segments or flex")
     from torch.nn.attention.varlen import varlen_attn
 
     keys, ends_q, ends_k, longest_q, longest_k = tree.varlen
@@ -171,16 +211,26 @@ def varlen_attention(
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, tree: TreeLayout, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeLayout,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """FlexAttention: compiled on CUDA. It has no backward pass on CPUs."""
     from torch.nn.attention.flex_attention import flex_attention as flex
+
+    def capped(score: Tensor, *_place: Tensor) -> Tensor:
+        return score if cap is None else cap * torch.tanh(score / cap)
 
     run = _compiled_flex() if query.is_cuda else flex
     result = run(
         query,
         key,
         value,
+        score_mod=None if cap is None else capped,
         block_mask=tree.flex_mask(window),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -195,7 +245,9 @@ def _compiled_flex() -> Any:
     return torch.compile(flex, dynamic=True)
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, TreeLayout, float, "int | None"], Tensor]
+Backend = Callable[
+    [Tensor, Tensor, Tensor, TreeLayout, float, "int | None", "float | None"], Tensor
+]
 BACKENDS: dict[str, Backend] = {
     "segments": segments_attention,
     "varlen": varlen_attention,
@@ -203,9 +255,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, config: Any) -> str:
     """The back end for `auto`: variable-length FlashAttention where it runs, else segments."""
     if wanted != "auto":
         return wanted
     half = dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if device.type == "cuda" and half else "segments"
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return "varlen" if device.type == "cuda" and half and not capped else "segments"

@@ -72,7 +72,7 @@ def _inputs(base: Any, tree: Tree, backend: str) -> dict[str, Any]:
     """What the decoder is called with for a tree."""
     device = base.device
     layout = attention.TreeLayout(
-        tree, attention.choose_backend(backend, device, base.dtype), device
+        tree, attention.choose_backend(backend, device, base.dtype, base.config), device
     )
     return {
         "input_ids": torch.from_numpy(tree.input_ids)[None].to(device),

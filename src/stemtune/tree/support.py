@@ -15,8 +15,6 @@ def why_no_tree(base: Any) -> str:
         return "its attention takes no function from outside"
     if has_length_dependent_rope(config):
         return "its position encoding depends on the length of the sequence"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it caps its attention scores"
     if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
         return "it has attention sinks"
     return ""
