@@ -181,6 +181,7 @@ class Source(Section):
 
 
 Path = str | Source | list[str | Source]
+TEMPLATES = ("chat", "chatml", "dialogue", "plain")
 
 
 class Memories(Section):
@@ -273,8 +274,11 @@ class Data(Section):
     """Rows with scored candidates."""
     thinking: Literal["train", "mask"] = "train"
     """Whether what an answer thinks before it speaks (`<think>…</think>`) is trained."""
-    template: Literal["chat", "plain"] = "chat"
-    """`chat`: the model's own chat template. `plain`: the text as it is, then the end token."""
+    template: str = "chat"
+    """`chat`: the model's own chat template. For a base that has none: `chatml` (turns between
+    `<|im_start|>` and `<|im_end|>`), `dialogue` (`User:` and `Assistant:`), or a file `….jinja`,
+    relative to the run file. `plain`: the text as it is, then the end token. It travels with the
+    adapter."""
     max_length: Positive = 2048
     """The longest sequence, in tokens."""
     on_too_long: Literal["error", "drop", "trim_context"] = "error"
@@ -295,6 +299,13 @@ class Data(Section):
                 what = f"`{name}: {path}` is no path, such as `name`, `a.b`, `list[0]`, `list[].b`"
                 raise ValueError(what)
         return fields
+
+    @field_validator("template")
+    @classmethod
+    def _is_template(cls, template: str) -> str:
+        if template not in TEMPLATES and not template.endswith(".jinja") and "{" not in template:
+            raise ValueError(f"`{template}` is none of {', '.join(TEMPLATES)}, and no .jinja file")
+        return template
 
     @property
     def sources(self) -> list[Source]:

@@ -185,6 +185,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         changes["memories"] = data.memories.model_copy(update={"path": path})
     if data.card is not None:
         changes |= {"system": _read_card(data, folder), "card": None}
+    if data.template.endswith(".jinja"):
+        changes["template"] = _read_text(folder / data.template, "template")
     adapter = config.adapter
     if adapter.init_from is not None:
         start = str((folder / Path(adapter.init_from).expanduser()).resolve())
@@ -220,14 +222,18 @@ def _read_card(data: Data, folder: Path) -> str:
         hint = "keep one of them"
         what = "`data.system` and `data.card` both give the system prompt"
         raise ConfigError(what, where="data.card", hint=hint)
-    path = folder / str(data.card)
+    return _read_text(folder / str(data.card), "card").strip()
+
+
+def _read_text(path: Path, key: str) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "data.card is a UTF-8 text file, relative to the run file"
-        raise ConfigError(f"can't read the card: {error}", where=str(path), hint=hint) from None
-    if not text:
-        raise ConfigError("the card is empty", where=str(path), hint="write who the character is")
+        hint = f"data.{key} is a UTF-8 text file, relative to the run file"
+        raise ConfigError(f"can't read the {key}: {error}", where=str(path), hint=hint) from None
+    if not text.strip():
+        hints = {"card": "write who the character is", "template": "write a chat template"}
+        raise ConfigError(f"the {key} is empty", where=str(path), hint=hints[key])
     return text
 
 

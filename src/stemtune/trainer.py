@@ -19,6 +19,7 @@ from stemtune.config import Config
 from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, prepare
 from stemtune.data.survey import Survey, survey
+from stemtune.data.templates import set_template
 from stemtune.errors import DivergedError, Interrupted
 from stemtune.figures import held_out_figures, losses_by_record
 from stemtune.guards import SpikeWatch, all_finite, is_finite, unreached
@@ -175,6 +176,7 @@ class Trainer:
                 saved = self._saved(resume)
                 self.config = _as_it_began(config, saved)
                 self.tokenizer = load_tokenizer(self.config.model)
+                set_template(self.tokenizer, config.data.template)  # it is saved with the adapter
                 self.data = prepare(surveyed, self.tokenizer, config.data, answers=config.answers)
                 if saved is not None:
                     refuse_differences(saved.state, config, self._facts, allow_changes)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stemtune as st
 from stemtune.config import Model
@@ -103,6 +104,49 @@ def test_a_spoiled_base(base: Path, damage: Callable[[Path], None], name: str) -
         st.load_model(config(base))
     assert raised.value.exit_code == 3
     assert "\n" not in raised.value.what and len(raised.value.what) > len(f"can't load {base}")
+
+
+def without_a_weight(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(48, 31)
+
+
+@pytest.mark.parametrize("change", [without_a_weight, of_another_shape])
+def test_weights_that_are_not_all_there(base: Path, change: Callable[[Any], None]) -> None:
+    """Transformers would draw them at random."""
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight|size mismatch"):
+        st.load_model(config(base))
+
+
+def test_a_missing_shard(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2]}
+    parts["model-00002-of-00002.safetensors"] = names[1::2]
+    for file, mine in parts.items():
+        save_file({n: tensors[n] for n in mine}, base / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, mine in parts.items() for name in mine}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert st.load_model(config(base))
+    (base / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="model-00002-of-00002"):
+        st.load_model(config(base))
+
+
+def test_more_ids_than_embeddings(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ModelError, match="ids up to 400, and the embeddings 400 rows"):
+        st.load_model(config(base))
 
 
 def test_an_unknown_architecture(base: Path) -> None:

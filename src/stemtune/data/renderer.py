@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from stemtune.data.records import Message
+from stemtune.data.templates import set_template
 from stemtune.errors import DataError, ModelError
 
 Ids = list[int]
@@ -34,6 +35,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        set_template(tokenizer, template)
         self.tokenizer = tokenizer
         self.plain = template == "plain"
         self.joined = 0
@@ -44,7 +46,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", where="model.base")
         if not self.plain and not tokenizer.chat_template:
-            hint = "use an instruct model, or data.template: plain"
+            hint = "use an instruct model, or data.template: chatml, dialogue, plain or a file"
             raise ModelError("the base has no chat template", where="model.base", hint=hint)
         self.eos: int = tokenizer.eos_token_id  # pyright: ignore
         self._added: dict[str, int] = tokenizer.get_added_vocab()  # pyright: ignore

@@ -34,6 +34,7 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         ModelError: no such base, or one that can't be read.
         ConfigError: a device or dtype that this machine does not have.
     """
+    started = time.perf_counter()
     device = choose_device(config.device)
     if device.type == "cpu":
         prepare_processor()
@@ -53,6 +54,7 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
             use_safetensors=None if config.allow_pickled else True,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in what it tells, with their names
             **more,
         )
     model: PreTrainedModel = loaded[0]
@@ -62,8 +64,12 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         model.to(device)  # pyright: ignore[reportArgumentType]
     hold_packed(model)
     held = f", {config.quantization} weights" if config.quantization else ""
-    log.info("%s on %s in %s%s", config.base, device, str(dtype).removeprefix("torch."), held)
-    return model, load_tokenizer(config)
+    name = str(dtype).removeprefix("torch.")
+    seconds = time.perf_counter() - started
+    log.info("%s on %s in %s%s: loaded in %.1f s", config.base, device, name, held, seconds)
+    tokenizer = load_tokenizer(config)
+    _require_rows(config, model, tokenizer)
+    return model, tokenizer
 
 
 def _require_whole(config: Model, found: dict[str, Any]) -> None:
@@ -77,6 +83,23 @@ def _require_whole(config: Model, found: dict[str, Any]) -> None:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         what = f"the base lacks the weight {lost[0]}{more}, or has it in another shape"
         hint = "is it whole? Do its config.json and its weights belong together?"
+        raise ModelError(what, where=config.base, hint=hint)
+
+
+def _require_rows(
+    config: Model, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """More rows than ids are padding; fewer would fail in the middle of a run, or read what lies
+    beyond.
+
+    Raises:
+        ModelError: an id has no row.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows, ids = embeddings.weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        what = f"the tokenizer has ids up to {ids - 1}, and the embeddings {rows} rows"
+        hint = "do the tokenizer and the weights belong together?"
         raise ModelError(what, where=config.base, hint=hint)
 
 
