@@ -201,6 +201,7 @@ def with_lora(model: PreTrainedModel, **overrides: Any) -> PeftModel:
         "lora_dropout": 0.0,
         "target_modules": "all-linear",
         "init_lora_weights": False,
+        "fan_in_fan_out": model.config.model_type == "gpt2",  # its layers are transposed
         "task_type": "CAUSAL_LM",
     }
     with torch.random.fork_rng():

@@ -61,8 +61,7 @@ STOP = 0  # of generation: never drawn by chance alone
 
 def adapted(family: str, **options: Any) -> PeftModel:
     model = tiny_model(family, **options)
-    transposed = family == "gpt2"
-    return with_lora(model, target_modules=find_targets(model, "auto"), fan_in_fan_out=transposed)
+    return with_lora(model, target_modules=find_targets(model, "auto"))
 
 
 @lru_cache
