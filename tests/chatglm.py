@@ -81,6 +81,20 @@ def pieces_model(**options: Any) -> bytes:
     return written.getvalue()
 
 
+@cache
+def joined_pieces_model() -> bytes:
+    """Two vocabularies put together, each with its own scores, so that many are the same."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    first, second = (
+        sentencepiece_model_pb2.ModelProto.FromString(pieces_model(**options))
+        for options in ({"vocab_size": 440}, {"vocab_size": 470, "max_sentencepiece_length": 3})
+    )
+    known = {piece.piece for piece in first.pieces}
+    first.pieces.extend(piece for piece in second.pieces if piece.piece not in known)
+    return first.SerializeToString()
+
+
 def pieces_of(file: Path) -> Any:
     """SentencePiece itself."""
     from sentencepiece import SentencePieceProcessor

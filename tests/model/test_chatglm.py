@@ -32,6 +32,7 @@ from tests.chatglm import (
     TEXTS,
     K,
     Q,
+    joined_pieces_model,
     original_answer,
     original_prompt,
     pieces_model,
@@ -232,6 +233,16 @@ def test_ids_of_any_text(bases: dict[int, Path], text: str) -> None:
 def test_ids_of_repetitions(bases: dict[int, Path], text: str) -> None:
     pieces = pieces_of(bases[3] / "tokenizer.model")
     tokenizer = tokenizer_of(bases[3])
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
+
+
+@given(some.text("abe nt=-哈学是时习之\n", max_size=60))
+def test_two_vocabularies_put_together(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.mktemp("joined") / "tokenizer.model"
+    file.write_bytes(joined_pieces_model())
+    pieces = pieces_of(file)
+    tokenizer = chatglm_tokenizer.build_tokenizer(file, 3)
+    assert pieces.get_piece_size() > 450
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
 
 

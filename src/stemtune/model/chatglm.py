@@ -7,6 +7,7 @@ F the MLP's inner width.
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def version_of(folder: Path, values: dict[str, Any]) -> int:
     """2 or 3. Weights and sizes are no proof, since both architectures are the same.
 
     Files of the tokenizer that know of roles are ChatGLM3's, code of a tokenizer that does not is
-    ChatGLM2's; it is read as a text, never run. Else it is what the base is called: the name in
-    `config.json`, that of the Hub, or that of the folder.
+    ChatGLM2's; it is read as a text, never run. Else it is what the base is called: in
+    `config.json`, in `tokenizer_config.json`, on the Hub, or as a folder.
 
     Raises:
         ModelError: nothing tells.
@@ -151,7 +152,11 @@ def version_of(folder: Path, values: dict[str, Any]) -> int:
         return 3
     if code.is_file():
         return 2
-    for name in (str(values.get("_name_or_path", "")), *_last_names(folder)):
+    names = [
+        str(values.get("_name_or_path", "")),
+        *re.findall(r'"name_or_path": *"(.*?)"', texts[0]),
+    ]
+    for name in [*names, *_last_names(folder)]:
         plain = Path(name).name.lower().replace("-", "").replace("_", "")
         found = [version for version, names in NAMES.items() if any(n in plain for n in names)]
         if len(found) == 1:
@@ -183,6 +188,8 @@ def config_of(values: dict[str, Any], version: int, folder: Path) -> GlmConfig:
             **{name: values[theirs] for name, theirs in SIZES.items()},
             rope_parameters=_rope(float(values.get("rope_ratio", 1)), version),
             architectures=["GlmForCausalLM"],
+            pad_token_id=0,  # as the tokenizer says later
+            eos_token_id=2,
         )
     except Exception as error:  # transformers' own kinds, for a value of a wrong type
         what = f"this config.json makes no model: {reason_of(error)}"

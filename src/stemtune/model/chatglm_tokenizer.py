@@ -5,6 +5,7 @@ are encoded apart each begin with the dummy prefix `▁`, so the templates write
 begins: no piece spans the blank before a word, and one text gives the same ids.
 """
 
+import logging
 from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from stemtune.errors import ModelError
 from stemtune.model.converted import reason_of
 
+log = logging.getLogger(__name__)
 # In the order of their ids, behind the pieces. The original's names for <sop> and <eop> are `sop`
 # and `eop`; but what is a token's name here is taken out of any text, and a sophist holds one.
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
@@ -46,6 +48,7 @@ TEMPLATE_3 = (
 )
 TEMPLATES = {2: TEMPLATE_2, 3: TEMPLATE_3}
 
+TOLERATED = 0.01  # of the pieces
 # What tokenizers do differently, beside every piece by itself: blanks, bytes, forms of letters.
 PROBES = [
     "",
@@ -171,12 +174,21 @@ def _is_text(pieces: Any, number: int) -> bool:
 
 def _require_equal(tokenizer: Tokenizer, pieces: Any, file: Path) -> None:
     """Refuse a model whose ids would come out differently: of another kind (unigram), with a
-    normalizer, or without dummy prefix or bytes."""
+    normalizer, or without dummy prefix or bytes. Where pieces have the same score, SentencePiece
+    takes the leftmost, which ranks can't tell; a few such pieces are tolerated, and said."""
     names = (pieces.id_to_piece(i) for i in range(pieces.get_piece_size()) if _is_text(pieces, i))
     texts = [*PROBES, *(name.replace("▁", " ") for name in names)]
     wanted: list[list[int]] = pieces.encode(texts)
-    for text, encoding, ids in zip(texts, tokenizer.encode_batch(texts), wanted, strict=True):
-        if encoding.ids != ids:
-            what = f"tokenizer.model is not of ChatGLM's kind: {text!r} is encoded differently"
-            hint = "a BPE with byte fallback, a dummy prefix and no normalizer can be converted"
-            raise ModelError(what, where=str(file), hint=hint)
+    found = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    wrong = [text for text, a, b in zip(texts, found, wanted, strict=True) if a != b]
+    if wrong and (wrong[0] in PROBES or len(wrong) > TOLERATED * len(texts)):
+        what = f"tokenizer.model is not of ChatGLM's kind: {wrong[0]!r} is encoded differently"
+        hint = "a BPE with byte fallback, a dummy prefix and no normalizer can be converted"
+        raise ModelError(what, where=str(file), hint=hint)
+    if wrong:
+        log.warning(
+            "%d of %d pieces are encoded differently than by SentencePiece, such as %r",
+            len(wrong),
+            len(texts),
+            wrong[0],
+        )
