@@ -20,7 +20,7 @@ from stemtune.config import Adapter, Data, Model
 from stemtune.data.records import Dialogue, Message, Place
 from stemtune.data.render import render
 from stemtune.data.renderer import Renderer
-from stemtune.errors import DiskError, ModelError
+from stemtune.errors import DataError, DiskError, ModelError
 from stemtune.generate import Sampling, stop_ids, stream_reply
 from stemtune.model import chatglm, chatglm_tokenizer, load
 from stemtune.model.adapter import add_adapter, starting_point
@@ -331,6 +331,23 @@ def test_a_dialogue_that_is_trained(bases: dict[int, Path], version: int) -> Non
         answer = original_answer(version, pieces, turns[turn][1])
         assert sequence.input_ids.tolist() == prompt + answer
         assert sequence.is_target.tolist() == [False] * len(prompt) + [True] * len(answer)
+
+
+TOOL = {"name": "weather", "description": "天气", "parameters": {"city": "<a & b>"}}
+
+
+def test_tools(bases: dict[int, Path]) -> None:
+    """ChatGLM3 lists them behind the system prompt; what has no form in a prompt is refused."""
+    pieces = pieces_of(bases[3] / "tokenizer.model")
+    second, third = (Renderer(tokenizer_of(bases[version]), "chat") for version in VERSIONS)
+    asked = [Message("system", "Use these:"), Message("user", "q")]
+    listed = "Use these:\n" + json.dumps([TOOL], indent=4, ensure_ascii=False)
+    turns = [("system", listed), ("user", "q")]
+    assert third.prompt(asked, (TOOL,)) == original_prompt(3, pieces, turns)
+    called = Message("assistant", "", tool_calls=({"name": "weather", "arguments": {}},))
+    for renderer, messages in ((third, asked[1:]), (second, asked), (third, [*asked, called])):
+        with pytest.raises(DataError, match="refuses"):
+            renderer.prompt(messages, (TOOL,))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -27,7 +27,8 @@ START = "[gMASK]<sop>"
 
 # An answer that ends a dialogue was encoded apart; one of the history is a part of the prompt.
 TEMPLATE_2 = (
-    START + "{% set ns = namespace(round=0) %}{% for message in messages %}"
+    START + "{% if tools %}{{ raise_exception('ChatGLM2 knows no tools') }}{% endif %}"
+    "{% set ns = namespace(round=0) %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
     "{% elif message['role'] == 'user' %}{% set ns.round = ns.round + 1 %}"
     "{{ '[Round ' + ns.round|string + ']\n\n问：' + message['content'] + '\n\n' }}"
@@ -37,13 +38,19 @@ TEMPLATE_2 = (
     "{% else %}{{ raise_exception('ChatGLM2 has no role ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '答：' }}{% endif %}"
 )
+# Tools are listed behind the system prompt. Calls are written as code, in a way of each tool's own.
 TEMPLATE_3 = (
-    START + "{% for message in messages %}"
+    START + "{% if tools and messages[0]['role'] != 'system' %}"
+    "{{ raise_exception('ChatGLM3 lists tools behind a system prompt') }}{% endif %}"
+    "{% for message in messages %}{% if message['tool_calls'] %}"
+    "{{ raise_exception('calls of tools have no form in ChatGLM3') }}{% endif %}"
     "{% if message['role'] == 'tool' %}{% set role = 'observation' %}"
     "{% else %}{% set role = message['role'] %}{% endif %}"
     "{% if role not in ['system', 'user', 'assistant', 'observation'] %}"
     "{{ raise_exception('ChatGLM3 has no role ' + role) }}{% endif %}"
-    "{{ '<|' + role + '|>\n' }}{% if message['content'] %}{{ ' ' + message['content'] }}{% endif %}"
+    "{% set listed = '\n' + tools|tojson(indent=4) if tools and loop.first else '' %}"
+    "{% set content = message['content'] + listed %}"
+    "{{ '<|' + role + '|>\n' }}{% if content %}{{ ' ' + content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 TEMPLATES = {2: TEMPLATE_2, 3: TEMPLATE_3}
