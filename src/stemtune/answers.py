@@ -19,6 +19,7 @@ from stemtune.data.records import Place
 from stemtune.data.renderer import Renderer
 from stemtune.errors import ConfigError
 from stemtune.evaluate import load_run
+from stemtune.generate import stop_ids
 from stemtune.metrics import track
 from stemtune.score import autocast
 from stemtune.tree.logprobs import base_model
@@ -123,7 +124,7 @@ def _generate(
     options: dict[str, Any] = {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": sorted(renderer.stop_ids()),
+        "eos_token_id": stop_ids(base_model(model), renderer),
         "pad_token_id": renderer.tokenizer.eos_token_id,
     }
     with torch.no_grad(), autocast(model), nullcontext() if adapter else model.disable_adapter():

@@ -50,7 +50,7 @@ def stream_reply(
         "do_sample": drawn,
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
-        "eos_token_id": sorted(renderer.stop_ids()),
+        "eos_token_id": stop_ids(base, renderer),
         "pad_token_id": renderer.tokenizer.eos_token_id,
     }
     if drawn:
@@ -71,10 +71,27 @@ def stream_reply(
 
     thread = Thread(target=generate, daemon=True)
     thread.start()
-    yield from streamer
+    yield from _without_opening(streamer, renderer.opening)
     thread.join()
     if failure:
         raise failure[0]
+
+
+def stop_ids(base: Any, renderer: Renderer) -> list[int]:
+    """The tokens that end a reply: those of training, and the base's own."""
+    own: int | list[int] | None = base.generation_config.eos_token_id
+    more = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted(renderer.stop_ids().union(more))
+
+
+def _without_opening(pieces: Iterator[str], opening: str) -> Iterator[str]:
+    """A reply without the blanks that the template writes before an answer."""
+    begun = not opening
+    for piece in pieces:
+        text = piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        if text or not opening:
+            yield text
 
 
 def fit_history(

@@ -191,9 +191,9 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     if adapter.init_from is not None:
         start = str((folder / Path(adapter.init_from).expanduser()).resolve())
         adapter = adapter.model_copy(update={"init_from": start})
-    # The folder of the base is one only if it looks like one; else it is a Hub id.
+    # The folder of the base is one only if it looks like one; else it is a Hub id. A file is GGUF.
     base = config.model.base
-    if (folder / base).is_dir() or base.startswith((".", "/", "~")):
+    if (folder / base).is_dir() or base.startswith((".", "/", "~")) or base.endswith(".gguf"):
         base = str((folder / Path(base).expanduser()).resolve())
     return config.model_copy(
         update={

@@ -40,6 +40,8 @@ class Renderer:
         self.plain = template == "plain"
         self.joined = 0
         """Answers that don't continue their prompt's ids as the template writes the whole."""
+        self.opening = ""
+        """Blanks that the template writes between a prompt and the answer: no part of a reply."""
         self._ids: dict[str, Ids] = {}
         self._texts: dict[tuple[Any, ...], str] = {}
         self._endings: dict[tuple[str, str], Ids] = {}
@@ -73,12 +75,21 @@ class Renderer:
             framed = self._text([asked], ())
         except REFUSALS:  # it wants something else than a user and an assistant: said later
             return
+        self.opening = self._blanks_before_answer(whole, asked)
         tail = whole.rpartition(SAID)[2]
         found = [(tail.find(token), -len(token), token) for token in self._added if token in tail]
         if found:
             self.turn_end = self._added[min(found)[2]]
             special.add(min(found)[2])
         self._control_tokens = sorted(special | {token for token in self._added if token in framed})
+
+    def _blanks_before_answer(self, whole: str, asked: Message) -> str:
+        try:
+            prompt = self._text([asked], (), add_generation_prompt=True)
+        except REFUSALS:
+            return ""
+        opening = whole[len(prompt) :].partition(SAID)[0] if whole.startswith(prompt) else ""
+        return opening if opening.isspace() else ""
 
     def prompt(self, messages: Seq[Message], tools: Tools = ()) -> Ids:
         """Ids up to where the model's answer begins."""

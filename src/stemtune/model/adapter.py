@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stemtune.config import Adapter, Model
-from stemtune.errors import ConfigError, ModelError
+from stemtune.errors import ConfigError, ModelError, StemtuneError
+from stemtune.model.chatglm_adapter import renamed
 from stemtune.model.lora import use_fast_layers
 from stemtune.model.pissa import START, keep_start
 from stemtune.model.quantized import require_dense_for_dora
@@ -88,6 +89,7 @@ def load_onto(model: PreTrainedModel, folder: Path, *, dropout: float | None = N
         ModelError: it can't be read, or does not fit the base.
     """
     with _explained(folder):
+        folder = renamed(folder, model)
         saved: Any = PeftConfig.from_pretrained(str(folder))
         if isinstance(saved, LoraConfig):
             use_fast_layers(saved)
@@ -102,14 +104,15 @@ def add_start(model: PeftModel, config: Adapter) -> None:
     if config.init_from is not None:
         folder = adapter_folder(Path(config.init_from))
         with _explained(folder):
-            model.load_adapter(str(folder), adapter_name=START, is_trainable=False)
+            place = renamed(folder, model.get_base_model())  # pyright: ignore[reportArgumentType]
+            model.load_adapter(str(place), adapter_name=START, is_trainable=False)
 
 
 @contextmanager
 def _explained(folder: Path) -> Generator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # PEFT, safetensors and torch: each has its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -157,7 +160,7 @@ def require_adapter(config: Adapter, model: Model) -> str:
     where = str(folder)
     try:
         text = (folder / "adapter_config.json").read_bytes()
-        weights = (folder / "adapter_model.safetensors").read_bytes()
+        weights = _weights_file(folder, model.allow_pickled).read_bytes()
         saved = json.loads(text)
         if saved["peft_type"] != "LORA":
             hint = "train a new one, or go on with a LoRA adapter"
@@ -183,6 +186,17 @@ def require_adapter(config: Adapter, model: Model) -> str:
             hint = f"leave adapter.{key} out: it comes from adapter.init_from"
             raise ConfigError(what, where=f"adapter.{key}", hint=hint)
     return hashlib.sha256(text + weights).hexdigest()
+
+
+def _weights_file(folder: Path, allow_pickled: bool) -> Path:
+    plain, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if plain.is_file() or not pickled.is_file():
+        return plain
+    if not allow_pickled:
+        what = "the adapter's weights are pickled (.bin), which can run code"
+        hint = "take one with safetensors, or set model.allow_pickled: true"
+        raise ModelError(what, where=str(folder), hint=hint)
+    return pickled
 
 
 def has_all_blocks(config: Adapter) -> bool:

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from stemtune.config import Model
-from stemtune.errors import ConfigError, ModelError
-from stemtune.model import hub, smollm2
+from stemtune.errors import ConfigError, ModelError, StemtuneError
+from stemtune.model import chatglm, gguf, hub, smollm2
 from stemtune.model.processor import prepare_processor
 from stemtune.model.quantized import hold_packed, quantization, require_trainable
 
@@ -123,31 +123,46 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
 
 
 def base_source(config: Model) -> Path:
-    """The folder to load from; that of a base of the Hub is named by its commit.
+    """The folder to load from: the base's own, or one in the cache where it had to be converted.
 
     Raises:
-        ModelError: the Hub does not give it.
+        ModelError: the Hub does not give it, or it can't be converted.
+        DiskError: there is no room for it.
     """
     if config.base == smollm2.NAME:
         return smollm2.converted_folder()
-    if is_on_hub(config):
-        return _fetched(config.model_dump_json())
-    return Path(config.base)
+    if is_gguf(config):
+        return gguf.converted_folder(Path(config.base))
+    source = _original(config)
+    if chatglm.is_chatglm(source):
+        return chatglm.converted_folder(source, config.allow_pickled)
+    return source
+
+
+def _original(config: Model) -> Path:
+    """The folder of the base as it is published; that of the Hub is named by its commit."""
+    return _fetched(config.model_dump_json()) if is_on_hub(config) else Path(config.base)
+
+
+def is_gguf(config: Model) -> bool:
+    """Whether the base is a GGUF file."""
+    return config.base.endswith(gguf.SUFFIX)
 
 
 def is_on_hub(config: Model) -> bool:
     """Whether the base is a name on the Hub."""
-    return config.base != smollm2.NAME and not Path(config.base).is_absolute()
+    local = config.base == smollm2.NAME or is_gguf(config)
+    return not local and not Path(config.base).is_absolute()
 
 
 def commit_of(config: Model) -> str | None:
     """The commit of a base of the Hub."""
-    return base_source(config).name if is_on_hub(config) else config.revision
+    return _original(config).name if is_on_hub(config) else config.revision
 
 
 def hashes_of(config: Model) -> dict[str, str]:
     """By file what a base of the Hub consists of; empty for others."""
-    return hub.file_hashes(base_source(config)) if is_on_hub(config) else {}
+    return hub.file_hashes(_original(config)) if is_on_hub(config) else {}
 
 
 @cache
@@ -160,6 +175,9 @@ def require_base(config: Model) -> None:
     if config.base == smollm2.NAME:
         smollm2.require_gguf()
         return
+    if is_gguf(config):
+        gguf.require_file(Path(config.base))
+        return
     folder = Path(config.base)
     try:
         missing = folder.is_absolute() and not (folder / "config.json").is_file()
@@ -170,7 +188,7 @@ def require_base(config: Model) -> None:
         what = "no model here: there is no config.json"
         raise ModelError(what, where=config.base, hint="model.base is a folder or a Hub id")
     if not folder.is_absolute() and config.base.count("/") != 1:
-        hint = "a folder, a Hub id such as Qwen/Qwen3-0.6B, or smollm2"
+        hint = "a folder, a .gguf file, a Hub id such as Qwen/Qwen3-0.6B, or smollm2"
         raise ModelError(f"unknown base {config.base!r}", where="model.base", hint=hint)
 
 
@@ -226,7 +244,7 @@ def _explained(config: Model) -> Generator[None]:
     """Turns what transformers and the hub raise into one error for a person."""
     try:
         yield
-    except (torch.OutOfMemoryError, ModelError):
+    except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # safetensors, pickle, tokenizers: each has its own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

