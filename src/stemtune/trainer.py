@@ -34,6 +34,7 @@ from stemtune.model.load import (
     load_model,
     load_tokenizer,
     require_base,
+    require_rows,
 )
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
@@ -222,6 +223,7 @@ class Trainer:
     ) -> None:
         config = self.config
         base, _ = load_model(config.model)
+        require_rows(base, self.tokenizer, self.data.train.store.largest_id)
         self.base_fingerprint = fingerprint(base)
         if saved is not None:
             refuse_other_base(saved.state, self.base_fingerprint, allow_changes)

@@ -602,7 +602,7 @@ def test_an_old_adapter(tmp_path: Path, layers: list[str], pickled: bool) -> Non
     merged = {key: weight + updates.get(key, 0) for key, weight in weights.items()}
     model, _ = st.load_model(config(tmp_path / "base"))
     settings = Adapter(init_from=str(tmp_path / "old"), dropout=0.0)
-    adapted = add_adapter(model, settings, 0, keep_start=True)
+    adapted = add_adapter(model, settings, 0, has_reference=True)
     expected = reference_logits(merged, IDS)
     torch.testing.assert_close(logits_of(adapted.eval()), expected, atol=1e-4, rtol=1e-4)
     assert (expected - reference_logits(weights, IDS)).abs().max() > 0.1

@@ -17,6 +17,9 @@ from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model import load
 from stemtune.model.load import choose_device, choose_dtype, load_tokenizer, require_base
+from tests.runs import IGNORED, make_config, write_run_file
+
+pytestmark = IGNORED
 
 
 @pytest.fixture
@@ -141,12 +144,17 @@ def test_a_missing_shard(base: Path) -> None:
         st.load_model(config(base))
 
 
-def test_more_ids_than_embeddings(base: Path) -> None:
+def test_more_ids_than_embeddings(tmp_path: Path, base: Path) -> None:
+    """What matters is whether the data has them: converted bases often know a token too many."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens(["gadfly"])
     tokenizer.save_pretrained(base)
-    with pytest.raises(ModelError, match="ids up to 400, and the embeddings 400 rows"):
-        st.load_model(config(base))
+    with pytest.raises(ModelError) as found:
+        st.Trainer(make_config(tmp_path / "some", base))
+    assert found.value.what == "the data has the token 'gadfly' (400), the embeddings 400 rows"
+    rows = [{"context": "Who?", "target": "I know not."}]
+    write_run_file(tmp_path / "none", base, rows)
+    st.Trainer(st.load_config(tmp_path / "none" / "run.yaml")).folder.release()
 
 
 def test_an_unknown_architecture(base: Path) -> None:

@@ -96,6 +96,11 @@ class Store:
     def __len__(self) -> int:
         return self._first[-1]
 
+    def largest_id(self) -> int:
+        """Of all tokens."""
+        batches = (self._batch(number) for number in range(self._reader.num_record_batches))
+        return max((int(ids.max()) for *_, ids, _ in batches if ids.size), default=-1)
+
     def sequence(self, number: int, record: int) -> Sequence:
         """A sequence, with the number of its record as the caller counts them."""
         self._forget_now_and_then()

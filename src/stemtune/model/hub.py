@@ -91,7 +91,9 @@ def verify(folder: Path) -> None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """By file what the Hub promised of weights, configuration and tokenizer, as `verify` saw it;
     empty for a folder that is not of its cache."""
-    names = [*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]
+    files = ("config.json", "tokenizer.json", "tokenizer.model")
+    weights = [path for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}")]
+    names = [*weights, *(folder / name for name in files)]
     return {path.name: path.resolve().name for path in sorted(names) if path.is_symlink()}
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -67,9 +67,7 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     name = str(dtype).removeprefix("torch.")
     seconds = time.perf_counter() - started
     log.info("%s on %s in %s%s: loaded in %.1f s", config.base, device, name, held, seconds)
-    tokenizer = load_tokenizer(config)
-    _require_rows(config, model, tokenizer)
-    return model, tokenizer
+    return model, load_tokenizer(config)
 
 
 def _require_whole(config: Model, found: dict[str, Any]) -> None:
@@ -86,21 +84,25 @@ def _require_whole(config: Model, found: dict[str, Any]) -> None:
         raise ModelError(what, where=config.base, hint=hint)
 
 
-def _require_rows(
-    config: Model, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def require_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest_id: Callable[[], int]
 ) -> None:
-    """More rows than ids are padding; fewer would fail in the middle of a run, or read what lies
-    beyond.
+    """Refuse data with ids that the embeddings have no row for: that would fail in the middle of a
+    run. Fewer ids than rows is padding.
+
+    Args:
+        largest_id: of the data; looked for only where the tokenizer knows more ids than rows.
 
     Raises:
         ModelError: an id has no row.
     """
     embeddings: Any = model.get_input_embeddings()
     rows, ids = embeddings.weight.shape[0], max(tokenizer.get_vocab().values()) + 1
-    if ids > rows:
-        what = f"the tokenizer has ids up to {ids - 1}, and the embeddings {rows} rows"
+    if ids > rows and largest_id() >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest_id())
+        what = f"the data has the token {token!r} ({largest_id()}), the embeddings {rows} rows"
         hint = "do the tokenizer and the weights belong together?"
-        raise ModelError(what, where=config.base, hint=hint)
+        raise ModelError(what, where="model.base", hint=hint)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
