@@ -521,7 +521,7 @@ class Train(Section):
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: B's learning rate over A's."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW, its state in fp32; in 8 bits or in memory that is paged out to the CPU's by
+    """AdamW, its state in fp32; in 8 bits, or in memory that a GPU pages out to the CPU's, by
     bitsandbytes."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay, on matrices only."""

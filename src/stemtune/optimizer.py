@@ -22,18 +22,15 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: Train) -> torch.
         {"params": params, "weight_decay": decay, "lr_ratio": ratio}
         for (decay, ratio), params in groups.items()
     ]
+    device = next(iter(parameters.values())).device.type
     if config.optimizer == "adamw":
-        device = next(iter(parameters.values())).device.type
         fused = device in ("cpu", "cuda")
         return torch.optim.AdamW(grouped, lr=config.learning_rate, fused=fused)
     from bitsandbytes.optim import adamw as optim
 
-    kinds = {
-        "adamw_8bit": optim.AdamW8bit,
-        "paged_adamw": optim.PagedAdamW32bit,
-        "paged_adamw_8bit": optim.PagedAdamW8bit,
-    }
-    return kinds[config.optimizer](grouped, lr=config.learning_rate)
+    bits = 8 if config.optimizer.endswith("8bit") else 32
+    paged = config.optimizer.startswith("paged") and device == "cuda"  # there is nowhere else
+    return optim.AdamW(grouped, lr=config.learning_rate, optim_bits=bits, is_paged=paged)
 
 
 def learning_rate(step: int, total: int, config: Train) -> float:

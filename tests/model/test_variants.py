@@ -239,10 +239,6 @@ def test_loraplus(tmp_path: Path, tiny_base: Path) -> None:
     assert [line["lr"] for line in steps_of(tmp_path / "run")] == [0.001]
 
 
-PAGED = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-
-
-@PAGED
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_other_optimizers_go_the_same_way(tmp_path: Path, tiny_base: Path, kind: str) -> None:
     overrides = ["adapter.r=128", "train.max_steps=8"]  # 8 bits begin at 4,096 values
