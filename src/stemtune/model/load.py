@@ -22,6 +22,7 @@ from stemtune.model import hub, smollm2
 from stemtune.model.processor import prepare_processor
 
 log = logging.getLogger(__name__)
+HUB = {"base", "revision", "allow_pickled", "trust_remote_code"}  # what decides a download
 SAMPLES = 64  # values of each weight that go into a base's fingerprint
 
 
@@ -67,12 +68,15 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone: what `check` needs."""
     with _explained(config):
         return AutoTokenizer.from_pretrained(
-            base_source(config), trust_remote_code=config.trust_remote_code
+            base_source(config, weights=False), trust_remote_code=config.trust_remote_code
         )
 
 
-def base_source(config: Model) -> Path:
+def base_source(config: Model, *, weights: bool = True) -> Path:
     """The folder to load from; that of a base of the Hub is named by its commit.
+
+    Args:
+        weights: false where configuration and tokenizer will do.
 
     Raises:
         ModelError: the Hub does not give it.
@@ -80,7 +84,7 @@ def base_source(config: Model) -> Path:
     if config.base == smollm2.NAME:
         return smollm2.converted_folder()
     if is_on_hub(config):
-        return _fetched(config.model_dump_json())
+        return _fetched(config.model_dump_json(include=HUB), weights)
     return Path(config.base)
 
 
@@ -100,8 +104,13 @@ def hashes_of(config: Model) -> dict[str, str]:
 
 
 @cache
-def _fetched(config: str) -> Path:
-    return hub.fetch(Model.model_validate_json(config))
+def _fetched(config: str, weights: bool) -> Path:
+    model = Model.model_validate_json(config)
+    if not weights:
+        return hub.fetch(model, weights=False)
+    # Of the same commit, should a branch move in between.
+    commit = _fetched(config, False).name
+    return hub.fetch(model.model_copy(update={"revision": commit}))
 
 
 def require_base(config: Model) -> None:
