@@ -1,10 +1,10 @@
 """The memory estimate against what a run takes.
 
     OMP_NUM_THREADS=1 python benchmarks/estimate.py
-    OMP_NUM_THREADS=1 python benchmarks/estimate.py --rounds 3 --only "fp32, 512" --json estimate.json
+    OMP_NUM_THREADS=1 python benchmarks/estimate.py --rounds 3 --only "bf16, 512"
 
 Each setting runs in a process of its own: `stemtune.Trainer` with a run file's settings, its
-largest micro-batch and three steps. *predicted* is what the run wrote to run.json before weights
+largest micro-batch and two steps. *predicted* is what the run wrote to run.json before weights
 were loaded. *measured* is the peak resident set of the steps, less what was resident before
 weights were loaded; *loading* is the peak until the steps begin, less the same.
 """
@@ -33,6 +33,7 @@ SETTINGS = [
     "fp32, 512, r 64",
     "fp32, 2048, no dropout",
     "fp32, 2048, upper half",
+    "fp32, 2048, checkpointing",
     "fp32, 4096, checkpointing",
     "fp32, 1024, short sequences",
     "fp32, 1024, separate sequences",
@@ -40,6 +41,7 @@ SETTINGS = [
     "bf16, 512",
     "bf16, 2048",
     "bf16, 2048, upper half, r 64",
+    "bf16, 2048, checkpointing",
     "bf16, 4096, checkpointing",
 ]
 
@@ -49,7 +51,7 @@ def config_of(setting: str, folder: str) -> Config:
     words = setting.split(", ")
     data: dict[str, Any] = {"path": HAMLET, "character": "HAMLET", "samples": "dialogue"}
     if "short sequences" in words:
-        data |= {"samples": "turn", "max_length": 96, "on_too_long": "trim_context"}
+        data |= {"samples": "turn", "history_turns": 1, "max_length": 160, "on_too_long": "drop"}
     adapter: dict[str, Any] = {"r": 64} if "r 64" in words else {}
     if "no dropout" in words:
         adapter["dropout"] = 0.0
@@ -65,8 +67,8 @@ def config_of(setting: str, folder: str) -> Config:
         "adapter": adapter,
         "data": {**data, "eval_fraction": 0.0, "batching": "record"},
         "train": {
-            "batch_size": 32,
-            "max_steps": 3,
+            "batch_size": 10,
+            "max_steps": 2,
             "micro_batch_tokens": int(words[1]),
             "activation_checkpointing": "checkpointing" in words,
         },

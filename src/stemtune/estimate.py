@@ -1,11 +1,13 @@
 """What a run will take of the device's memory, from the base's config alone."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from stemtune.config import Config, Model
+from stemtune.kernels.segments import forget_masks
 from stemtune.model.adapter import trainable
 from stemtune.model.blueprint import (
     adapted_blocks,
@@ -23,9 +25,13 @@ from stemtune.tree.attention import choose_backend
 from stemtune.tree.build import Tree
 from stemtune.tree.logprobs import target_logprobs
 
-# What no tensor of ours accounts for. Of a CPU both are measured: benchmarks/estimate.py.
-RUNTIME = {"cpu": 60e6, "cuda": 600e6, "mps": 60e6}  # bytes of libraries, their buffers and code
-HOLES = {"cpu": 0.04, "cuda": 0.08, "mps": 0.08}  # of what is allocated and freed in each step
+# What no tensor of ours accounts for, as measured on CPUs by benchmarks/estimate.py. Those of GPUs
+# are the CUDA context's usual size and a caching allocator's usual slack: nobody measured them yet.
+RUNTIME = {"cpu": 110e6, "cuda": 600e6, "mps": 110e6}  # bytes of libraries, their buffers and code
+# glibc can't use a freed aligned block for one of the same size again: holes are left between what
+# is kept, and under activation checkpointing by the temporaries of each block.
+HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
+HOLES_OF_BLOCKS = {"cpu": 0.15, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
 SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits
 STATE_BLOCK = 256  # values of its 8-bit state that share a scale
 
@@ -86,7 +92,8 @@ class Activations:
 
 
 class Estimator:
-    """Estimates runs on a device. What simulations of runs have in common is done once.
+    """Estimates runs on a device, whose dtype is known: see `with_dtype`. What they have in common
+    is simulated once.
 
     Args:
         device: it need not be there.
@@ -108,6 +115,9 @@ class Estimator:
         offload = config.train.activation_offload and self.device.type != "cpu"
         kept = 0.0 if offload else found.kept
         passing = found.passing + (simulation.dense if config.model.quantization else 0)
+        holes = HOLES[self.device.type] * (kept + passing)
+        if config.train.activation_checkpointing:
+            holes += HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
         starts = config.adapter.init_from is not None or config.adapter.init_weights == "pissa"
         start = simulation.adapter if starts and config.has_reference else 0  # the reference
         return Estimate(
@@ -118,29 +128,37 @@ class Estimator:
             activations=int(kept),
             temporaries=int(passing),
             runtime=int(RUNTIME[self.device.type]),
-            holes=int(HOLES[self.device.type] * (kept + passing)),
+            holes=int(holes),
             tokens=tree.num_distinct,
         )
 
-    def dtype(self, config: Config) -> torch.dtype:
-        """What `model.dtype` comes to."""
-        unseen = self.device.type == "cuda" and not torch.cuda.is_available()
-        if config.model.dtype == "auto" and unseen:
-            return torch.bfloat16
-        return choose_dtype(config.model.dtype, self.device)
-
     def backend(self, config: Config) -> str:
         """What `model.attention` comes to."""
-        return choose_backend(config.model.attention, self.device, self.dtype(config))
+        return choose_backend(config.model.attention, self.device, dtype_of(config))
 
     def simulation(self, config: Config) -> "Simulation":
         """Of a run; that of another one, if it differs in nothing that matters here."""
-        dtype = self.dtype(config)
+        dtype = dtype_of(config)
         checkpointing = config.train.activation_checkpointing
         key = f"{config.model.base} {config.adapter!r} {dtype} {checkpointing}"
         if key not in self._simulations:
             self._simulations[key] = Simulation(config, dtype)
         return self._simulations[key]
+
+
+def with_dtype(config: Config, device: torch.device) -> Config:
+    """The run file with what `model.dtype` comes to on a device, which need not be there."""
+    if config.model.dtype != "auto":
+        return config
+    unseen = device.type == "cuda" and not torch.cuda.is_available()
+    dtype = torch.bfloat16 if unseen else choose_dtype("auto", device)
+    named = {"dtype": str(dtype).removeprefix("torch.")}
+    return config.model_copy(update={"model": config.model.model_copy(update=named)})
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of a run file with a dtype of its own."""
+    return getattr(torch, config.model.dtype)
 
 
 class Simulation:
@@ -178,43 +196,46 @@ class Simulation:
         return self._frozen - self._linear + packed
 
     def activations(self, tree: Tree, backend: str) -> Activations:
-        """Those of a micro-batch. A few blocks are simulated: each more keeps what one more keeps.
+        """Those of a micro-batch.
 
         Raises:
             NoEstimateError: see there.
         """
         if (tree, backend) not in self._found:
-            self._found[tree, backend] = self._extended(tree, backend)
+            self._found[tree, backend] = self._simulate(tree, backend)
         return self._found[tree, backend]
 
-    def _extended(self, tree: Tree, backend: str) -> Activations:
-        trained, others = min(self.trained_blocks, 2), min(self.other_blocks, 1)
-        found = self._run(tree, backend, trained, others)
-        kept = found.kept
-        if self.trained_blocks > trained:
-            less = self._run(tree, backend, trained - 1, others).kept
-            kept += (self.trained_blocks - trained) * (found.kept - less)
-        if self.other_blocks > others:  # they keep nothing, unless what is below them is trained
-            more = self._run(tree, backend, trained, others + 1).kept
-            kept += (self.other_blocks - others) * (more - found.kept)
-        return Activations(kept, found.passing)
-
-    def _run(self, tree: Tree, backend: str, trained: int, others: int) -> Activations:
-        """Forward and backward pass through so many blocks of each kind."""
-        model = self.model
-        with self._mode, shortened(model, trained, others):
+    def _simulate(self, tree: Tree, backend: str) -> Activations:
+        """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
+        its second one keeps."""
+        model, seen, marks = self.model, list[int](), list[int]()
+        few = min(self.other_blocks, 2), min(self.trained_blocks, 2)
+        with self._mode, shortened(model, *few) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
+
+            def mark(*_: Any) -> None:
+                seen.append(counted.now)
+
+            hooks = [block.register_forward_hook(mark) for block in blocks]
             try:
                 with counted:
-                    with autocast(model):
-                        logps = target_logprobs(model, tree, backend)
-                    kept = counted.now
+                    with autocast(model):  # a new tree: this one is to keep no fake tensors
+                        logps = target_logprobs(model, replace(tree), backend)
+                    kept, marks = counted.now, seen[-len(blocks) :]
                     logps.sum().backward()
             except RuntimeError as error:
                 raise NoEstimateError(str(error).splitlines()[0]) from error
             finally:
+                forget_masks()
                 model.zero_grad()
-        return Activations(kept, counted.peak - kept)
+                for hook in hooks:
+                    hook.remove()
+        passing = counted.peak - kept
+        if few[0] == 2:
+            kept += (self.other_blocks - 2) * (marks[1] - marks[0])
+        if few[1] == 2:
+            kept += (self.trained_blocks - 2) * (marks[sum(few) - 1] - marks[sum(few) - 2])
+        return Activations(kept, passing)
 
 
 def state_bytes(sizes: Seq[int], optimizer: str, device: torch.device) -> int:

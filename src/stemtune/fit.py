@@ -83,7 +83,8 @@ class Change:
 
 
 class Fit:
-    """Which settings fit into a memory, with a tenth to spare.
+    """Which settings fit into a memory, with a tenth to spare. Run files name their dtype: see
+    `with_dtype`.
 
     Args:
         device: whose memory it is.
@@ -147,7 +148,7 @@ class Fit:
         on_gpu, train = self.device.type == "cuda", config.train
         if on_gpu and not train.optimizer.endswith("8bit"):
             yield "train.optimizer", "adamw_8bit"
-        if self._estimator.dtype(config) == torch.float32:
+        if config.model.dtype == "float32":
             yield "model.dtype", "bfloat16"
         if config.model.quantization is None:
             yield "model.quantization", "nf4"

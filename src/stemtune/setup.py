@@ -9,9 +9,9 @@ from peft import PeftModel
 from stemtune.checkpoint import Checkpoint
 from stemtune.config import Config
 from stemtune.data.prepare import Part
-from stemtune.estimate import Estimate, NoEstimateError
+from stemtune.estimate import Estimate, NoEstimateError, with_dtype
 from stemtune.fit import FALLBACK, SMALLEST, Fit, Workload
-from stemtune.model.load import choose_device, choose_dtype, commit_of
+from stemtune.model.load import choose_device, commit_of
 from stemtune.model.memory import free_memory, used_memory
 from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
@@ -59,9 +59,7 @@ class MemoryPlan:
 
     def __init__(self, config: Config, part: Part, plan: Seq[Seq[int]]) -> None:
         device = choose_device(config.model.device)
-        dtype = str(choose_dtype(config.model.dtype, device)).removeprefix("torch.")
-        model = config.model.model_copy(update={"dtype": dtype})
-        self.config = config.model_copy(update={"model": model})
+        self.config = with_dtype(config, device)
         self.free = free_memory(device)
         self.facts: dict[str, Any] = {"free": self.free, "used": used_memory(device)}
         self._fit = Fit(Workload(part, plan, config), device, self.free)

@@ -126,18 +126,20 @@ def _is_trained(block: nn.Module) -> bool:
 
 
 @contextmanager
-def shortened(model: PeftModel, trained: int, others: int) -> Generator[None]:
-    """Within it the decoder has so many of its blocks that are trained, and of the others."""
+def shortened(model: PeftModel, others: int, trained: int) -> Generator[list[nn.Module]]:
+    """Within it the decoder has so many of its blocks that are not trained, and of those that are
+    on top of them."""
+    if not any(adapted_blocks(model)):
+        yield []
+        return
     decoder = base_model(model).get_decoder()
     blocks: nn.ModuleList = decoder.layers
-    kept = {True: trained, False: others}
-    chosen: list[nn.Module] = []
+    kinds: dict[bool, list[nn.Module]] = {False: [], True: []}
     for block in blocks:
-        kept[_is_trained(block)] -= 1
-        if kept[_is_trained(block)] >= 0:
-            chosen.append(block)
+        kinds[_is_trained(block)].append(block)
+    chosen = [*kinds[False][:others], *kinds[True][:trained]]
     decoder.layers = nn.ModuleList(chosen)
     try:
-        yield
+        yield chosen
     finally:
         decoder.layers = blocks

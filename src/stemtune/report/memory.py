@@ -7,7 +7,7 @@ import torch
 
 from stemtune.config import Config
 from stemtune.data.prepare import Prepared
-from stemtune.estimate import Estimate, NoEstimateError
+from stemtune.estimate import Estimate, NoEstimateError, with_dtype
 from stemtune.fit import SMALLEST, Change, Fit, Workload
 from stemtune.model.load import choose_device
 from stemtune.model.memory import free_memory
@@ -64,6 +64,7 @@ def memory_of(config: Config, data: Prepared, available: int | None = None) -> M
     else:
         wanted = config.model.device
         device = torch.device("cuda" if wanted == "auto" else wanted)
+    config = with_dtype(config, device)
     fit = Fit(Workload(data.train, _plan(config, data), config), device, available)
     try:
         budget = config.train.micro_batch_tokens
