@@ -31,7 +31,7 @@ RUNTIME = {"cpu": 110e6, "cuda": 600e6, "mps": 110e6}  # bytes of libraries, the
 # glibc can't use a freed aligned block for one of the same size again: holes are left between what
 # is kept, and under activation checkpointing by the temporaries of each block.
 HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
-HOLES_OF_BLOCKS = {"cpu": 0.15, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
+HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
 SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits
 STATE_BLOCK = 256  # values of its 8-bit state that share a scale
 

@@ -183,7 +183,8 @@ def test_the_sharing_of_both_places_for_memories(tmp_path: Path, tiny_base: Path
     write_rows(tmp_path / "rows.jsonl", [{"dialogue": turns}, {"dialogue": turns[::-1]}])
     (tmp_path / "lore.txt").write_text("\n\n".join(f"the {word} of old" for word in words))
     (tmp_path / "run.yaml").write_text(
-        f"model: {{base: {tiny_base}, dtype: float32}}\ndata:\n  path: rows.jsonl\n  eval_fraction: 0\n"
+        f"model: {{base: {tiny_base}, dtype: float32}}\n"
+        "data:\n  path: rows.jsonl\n  eval_fraction: 0\n"
         "  character: B\n  samples: turn\n  memories: {path: lore.txt, count: 1}\n"
     )
     shown: dict[str, Any] = {}
