@@ -40,6 +40,7 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate)\b.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("stemtune").setLevel(logging.DEBUG)
 
 
