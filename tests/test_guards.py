@@ -251,7 +251,7 @@ def test_other_files_of_a_base_of_the_hub(
         blob = tmp_path / f"blob-of-{file.name}"
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(blob)
-    monkeypatch.setattr("stemtune.model.load._fetched", lambda _: snapshot)
+    monkeypatch.setattr("stemtune.model.load._fetched", lambda *_: snapshot)
     config = make_config(tmp_path, tiny_base, *SHORT, "model.base=someone/tiny")
     with pytest.raises(RuntimeError):
         st.train(config, objective=Spy(4, crash))

@@ -6,9 +6,13 @@ from typing import Any
 
 from peft import PeftModel
 
+from stemtune.checkpoint import Checkpoint
 from stemtune.config import Config
-from stemtune.model.load import commit_of
-from stemtune.model.memory import auto_micro_batch_tokens
+from stemtune.data.prepare import Part
+from stemtune.estimate import Estimate, NoEstimateError, with_dtype
+from stemtune.fit import FALLBACK, SMALLEST, Fit, Workload
+from stemtune.model.load import choose_device, commit_of
+from stemtune.model.memory import free_memory, used_memory
 from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
 from stemtune.tree.logprobs import base_model
@@ -45,14 +49,62 @@ def checked_backend(model: PeftModel, wanted: str, sequences: Seq[Sequence]) -> 
     return "padded"
 
 
-def micro_batch_tokens(model: PeftModel, wanted: Any, longest: Sequence, backend: str) -> int:
-    """`train.micro_batch_tokens`, measured if it is `auto`."""
-    if wanted != "auto":
+class MemoryPlan:
+    """What a run is going to take of the memory that is free now, before weights load.
+
+    Attributes:
+        config: with the dtype that `auto` comes to.
+        facts: for `run.json`, in bytes: `free` and `used` before, `estimate` by part.
+    """
+
+    def __init__(self, config: Config, part: Part, plan: Seq[Seq[int]]) -> None:
+        device = choose_device(config.model.device)
+        self.config = with_dtype(config, device)
+        self.free = free_memory(device)
+        self.facts: dict[str, Any] = {"free": self.free, "used": used_memory(device)}
+        self._fit = Fit(Workload(part, plan, config), device, self.free)
+
+    def micro_batch_tokens(
+        self, saved: Checkpoint | None = None, *, backend: str | None = None
+    ) -> int:
+        """`train.micro_batch_tokens`, or where it is `auto`, the largest micro-batches that fit.
+        What the run takes with them is said.
+
+        Args:
+            saved: what it goes on from: other micro-batches would draw other dropout.
+            backend: of the tree, once it is known.
+        """
+        wanted = self.config.train.micro_batch_tokens
+        backend = backend or self.config.model.attention
+        if saved is not None:
+            backend = saved.state["backend"]
+            wanted = saved.state["budget"] if wanted == "auto" else wanted
+        model = self.config.model.model_copy(update={"attention": backend})
+        config = self.config.model_copy(update={"model": model})
+        try:
+            if wanted == "auto":
+                wanted = self._fit.largest_budget(config) or SMALLEST
+            self._tell(self._fit.estimate(config, wanted))
+        except NoEstimateError as error:
+            log.info("memory: no estimate for this base (%s)", error)
+            self.facts["estimate"] = None
+            return FALLBACK if wanted == "auto" else wanted
         return wanted
-    with autocast(model):
-        budget = auto_micro_batch_tokens(model, longest, base_model(model).device, backend)
-    log.info("micro-batches of up to %d tokens", budget)
-    return budget
+
+    def _tell(self, found: Estimate) -> None:
+        if self.facts.get("estimate") == found.to_json():
+            return
+        self.facts["estimate"] = found.to_json()
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.parts.items())
+        log.info(
+            "memory: about %.2f GB of %.2f GB that are free, in micro-batches of %d tokens (%s)",
+            found.total / 1e9,
+            self.free / 1e9,
+            found.tokens,
+            parts,
+        )
+        if found.total > self.free:
+            log.warning("this does not seem to fit: `stemtune check` says what to change")
 
 
 def resolved(config: Config, model: PeftModel, backend: str, budget: int) -> Config:

@@ -57,7 +57,7 @@ from stemtune.rundir import RunFolder, read_info, write_text
 from stemtune.runfile import dump_config
 from stemtune.saver import Saver, require_space
 from stemtune.score import Scorer
-from stemtune.setup import checked_backend, micro_batch_tokens, resolved
+from stemtune.setup import MemoryPlan, checked_backend, resolved
 from stemtune.step import Outcome, Step, StepRunner
 from stemtune.tree.sequence import Sequence
 
@@ -222,7 +222,10 @@ class Trainer:
         self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str], terms: list[Term]
     ) -> None:
         config = self.config
-        base, _ = load_model(config.model)
+        memory = MemoryPlan(config, self.data.train, self.plan)
+        self.memory = memory.facts
+        budget = memory.micro_batch_tokens(saved)
+        base, _ = load_model(memory.config.model)
         require_rows(base, self.tokenizer, self.data.train.store.largest_id)
         self.base_fingerprint = fingerprint(base)
         if saved is not None:
@@ -250,9 +253,10 @@ class Trainer:
         if saved is None:
             sequences = self.data.train.of(self.plan[0])
             backend = checked_backend(self.model, config.model.attention, sequences)
+            budget = memory.micro_batch_tokens(backend=backend)
         else:
             backend = saved.state["backend"]
-        self.scorer = Scorer(self.model, config, backend, self._budget(saved, backend))
+        self.scorer = Scorer(self.model, config, backend, budget)
         self.runner = StepRunner(
             self.scorer,
             self.data.train,
@@ -264,13 +268,6 @@ class Trainer:
         self.resolved = resolved(config, self.model, backend, self.scorer.budget)
         if saved is not None:
             self._restore(saved)
-
-    def _budget(self, saved: checkpoint.Checkpoint | None, backend: str) -> int:
-        wanted = self.config.train.micro_batch_tokens
-        if saved is not None and wanted == "auto":
-            return saved.state["budget"]  # other micro-batches would draw other dropout
-        longest = self.data.train.longest()
-        return micro_batch_tokens(self.model, wanted, longest, backend)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
@@ -297,6 +294,8 @@ class Trainer:
                 self._train_steps()
             with self.folder.phase("saving"):
                 result = self._finish()
+            peak = int(peak_memory(self.device) * 2**20) - self.memory["used"]
+            self.folder.write(memory={**self.memory, "peak": peak})
             self.folder.write(phase="done", state="done")
             return result
         finally:
@@ -581,6 +580,7 @@ class Trainer:
                 "files": hashes_of(self.config.model),
             },
             attention=self.scorer.backend,
+            memory=self.memory,
             steps=len(self.plan),
             ledger={
                 "rows": ledger.rows,

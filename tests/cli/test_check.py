@@ -29,7 +29,8 @@ def folder(tmp_path: Path, tiny_base: Path) -> Path:
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
     (tmp_path / "run.yaml").write_text(
-        f"model:\n  base: {tiny_base}\ntrain:\n  batch_size: 2\n  num_train_epochs: 3\n"
+        f"model:\n  base: {tiny_base}\n  dtype: float32\n  device: cpu\n"
+        "train:\n  batch_size: 2\n  num_train_epochs: 3\n"
         "data:\n  path: rows.jsonl\n  on_bad_row: skip\n  eval_fraction: 0\n"
     )
     return tmp_path
@@ -63,6 +64,7 @@ def test_the_figures(folder: Path) -> None:
     found = json.loads(outcome.out)
     sharing, spread = found.pop("sharing"), found.pop("step_sharing")
     sharings = found.pop("sharings")
+    assert found.pop("memory")["fits"]
     assert sum(count for _, count in sharings) == 2, "steps of the first epoch"
     assert found == {
         "memory_sharing": {},
@@ -181,7 +183,8 @@ def test_the_sharing_of_both_places_for_memories(tmp_path: Path, tiny_base: Path
     write_rows(tmp_path / "rows.jsonl", [{"dialogue": turns}, {"dialogue": turns[::-1]}])
     (tmp_path / "lore.txt").write_text("\n\n".join(f"the {word} of old" for word in words))
     (tmp_path / "run.yaml").write_text(
-        f"model:\n  base: {tiny_base}\ndata:\n  path: rows.jsonl\n  eval_fraction: 0\n"
+        f"model: {{base: {tiny_base}, dtype: float32}}\n"
+        "data:\n  path: rows.jsonl\n  eval_fraction: 0\n"
         "  character: B\n  samples: turn\n  memories: {path: lore.txt, count: 1}\n"
     )
     shown: dict[str, Any] = {}

@@ -24,6 +24,7 @@ pytestmark = IGNORED
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 NO_TREE = {
     "phi3 (long)": "its position encoding depends on the length of the sequence",
+    "gpt2": "it drops attention weights in training",
     "gpt_oss": "it has attention sinks",
     "mamba": "its attention takes no function from outside",
     "qwen3_next": "its attention takes no function from outside",

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import stemtune as st
-from stemtune import checkpoint
+from stemtune import checkpoint, fit, setup
 from stemtune.errors import Interrupted
-from stemtune.model import memory
 from stemtune.objectives import terms_of
 from tests.runs import (
     IGNORED,
@@ -153,14 +152,14 @@ def test_other_free_memory_changes_nothing(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Micro-batches decide which dropout is drawn: a run keeps the budget it began with.
-    monkeypatch.setattr(memory, "SMALLEST", 1)
+    monkeypatch.setattr(fit, "SMALLEST", 1)
     settings = [*SETTINGS, "train.micro_batch_tokens=auto"]
     config = make_config(tmp_path / "whole", tiny_base, *settings)
     expected = st.train(config).output_dir
     config = make_config(tmp_path, tiny_base, *settings)
     with pytest.raises(Crash):
         st.train(config, objective=Spy(6, crash))
-    monkeypatch.setattr(memory, "free_memory", lambda _device: 0)
+    monkeypatch.setattr(setup, "free_memory", lambda _device: 0)
     st.train(config, resume=True)
     assert_same_run(tmp_path / "run", expected)
 

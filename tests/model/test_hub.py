@@ -29,7 +29,7 @@ from stemtune import network
 from stemtune.model import hub
 network.TRYING = 1.0
 try:
-    folder = hub.fetch(Model(base="someone/tiny", {settings}))
+    folder = hub.fetch(Model(base="someone/tiny", {settings}), weights={weights})
     print(folder.name, *sorted(path.name for path in folder.iterdir()))
 except StemtuneError as error:
     print(f"exit {{error.exit_code}}: {{error}}")
@@ -38,7 +38,11 @@ FETCHED = "config.json model.safetensors tokenizer.json"
 
 
 def fetch(
-    folder: Path, faults: Faults | None = None, settings: str = "", **variables: str
+    folder: Path,
+    faults: Faults | None = None,
+    settings: str = "",
+    weights: bool = True,
+    **variables: str,
 ) -> tuple[str, list[str]]:
     """What a process prints that fetches the base, and the paths that it asked for."""
     asked: list[str] = []
@@ -46,7 +50,11 @@ def fetch(
     with serve(repos, faults, asked) as endpoint:
         times = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
         done = run_python(
-            CODE.format(settings=settings), folder, HF_ENDPOINT=endpoint, **times, **variables
+            CODE.format(settings=settings, weights=weights),
+            folder,
+            HF_ENDPOINT=endpoint,
+            **times,
+            **variables,
         )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), asked
@@ -57,6 +65,12 @@ def test_what_is_fetched(tmp_path: Path) -> None:
     commit, files = said.split(" ", 1)
     assert len(commit) == 40 and files == FETCHED
     assert not [path for path in asked if path.endswith((".py", ".bin", ".md"))]
+
+
+def test_without_weights(tmp_path: Path) -> None:
+    said, asked = fetch(tmp_path, weights=False)
+    assert said.split(" ", 1)[1] == "config.json tokenizer.json"
+    assert not [path for path in asked if path.endswith(".safetensors")]
 
 
 def test_what_was_asked_for(tmp_path: Path) -> None:
@@ -93,7 +107,7 @@ def test_a_fault_that_stays(tmp_path: Path, faults: Faults, said: str) -> None:
 
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     with serve({}) as endpoint:
-        done = run_python(CODE.format(settings=""), tmp_path, HF_ENDPOINT=endpoint)
+        done = run_python(CODE.format(settings="", weights=True), tmp_path, HF_ENDPOINT=endpoint)
     assert done.stdout.startswith("exit 3: there is no base 'someone/tiny' on the Hub")
 
 
@@ -116,7 +130,7 @@ def test_a_small_file_with_other_bytes(tmp_path: Path) -> None:
 
 def test_without_a_network(tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    code = CODE.format(settings="")
+    code = CODE.format(settings="", weights=True)
     done = run_python(code, tmp_path, **nowhere)
     assert done.stdout.startswith("exit 3: the Hub can't be reached"), done.stdout + done.stderr
     done = run_python(code, tmp_path, HF_HUB_OFFLINE="1", **nowhere)
@@ -130,7 +144,7 @@ def test_without_a_network(tmp_path: Path) -> None:
 def test_a_name_that_leads_out_of_the_folder(tmp_path: Path) -> None:
     evil = {**FILES, "../../evil.json": b"{}"}
     with serve({NAME: evil}) as endpoint:
-        run_python(CODE.format(settings=""), tmp_path, HF_ENDPOINT=endpoint)
+        run_python(CODE.format(settings="", weights=True), tmp_path, HF_ENDPOINT=endpoint)
     names = list(tmp_path.rglob("*evil.json"))
     inside = tmp_path / "hf/hub/models--someone--tiny"
     assert all(inside in path.parents for path in names)

@@ -54,17 +54,18 @@ def test_it_computes_what_transformers_computes(tiny_base: Path) -> None:
 
 
 def test_a_base_of_the_hub(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is fetched once, by its revision; what is loaded is its folder."""
-    asked: list[tuple[str, str | None]] = []
+    """It is fetched once, by its revision; what is loaded is its folder. Weights are of the commit
+    that the rest came from."""
+    asked: list[tuple[str, str | None, bool]] = []
 
-    def fetch(wanted: Model) -> Path:
-        asked.append((wanted.base, wanted.revision))
+    def fetch(wanted: Model, *, weights: bool = True) -> Path:
+        asked.append((wanted.base, wanted.revision, weights))
         return tiny_base
 
     monkeypatch.setattr(load.hub, "fetch", fetch)
     wanted = Model(base="some/model", revision="abc", device="cpu", dtype="float32")
     model, _ = st.load_model(wanted)
-    assert asked == [("some/model", "abc")]
+    assert asked == [("some/model", "abc", False), ("some/model", tiny_base.name, True)]
     assert model.name_or_path == str(tiny_base)
     assert load.commit_of(wanted) == tiny_base.name
     assert load.commit_of(config(tiny_base)) is None

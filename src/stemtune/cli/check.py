@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stemtune.cli.common import Json, Overrides, RunFile, log_to_stderr, out
+from stemtune.cli.memory import parse_size, print_memory
 from stemtune.config import Answers, Config, Data
 from stemtune.errors import DataError, printable
 from stemtune.runfile import load_stages
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from stemtune.data.prepare import Prepared
     from stemtune.data.records import Ledger
     from stemtune.data.survey import Survey
+    from stemtune.report.memory import Memory
     from stemtune.report.summary import Piece, Summary
 
 KINDS_SHOWN, PLACES_SHOWN = 40, 3
@@ -37,17 +39,26 @@ def check(
     overrides: Overrides = None,
     show: Annotated[int, typer.Option(min=0, help="How many records to show as text.")] = 2,
     as_json: Json = False,
+    device_memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory of another device than this one, such as 10GB: a GPU, unless model.device"
+            " says otherwise. Does a run fit there, and if not, what to change?"
+        ),
+    ] = "",
 ) -> None:
-    """Show what a run would train on: rows, faults, lengths, sharing, and trained tokens marked."""
+    """Show what a run would train on: rows, faults, lengths, sharing, memory, and trained tokens
+    marked."""
+    available = parse_size(device_memory) if device_memory else None
     stages = load_stages(run_file, overrides)
     log_to_stderr()
     for number, config in enumerate(stages, 1):
         if len(stages) > 1 and not as_json:
             out.print(f"\n[bold]stage {number} of {len(stages)}[/bold]")
-        _check(config, show, as_json)
+        _check(config, show, as_json, available)
 
 
-def _check(config: Config, show: int, as_json: bool) -> None:
+def _check(config: Config, show: int, as_json: bool, available: int | None) -> None:
     # All that is wrong is gathered; the first fault would stop a run.
     settings = config.data.model_copy(update={"on_bad_row": "skip"})
     strict = config.data.on_bad_row == "error"
@@ -59,6 +70,7 @@ def _check(config: Config, show: int, as_json: bool) -> None:
         _stop(surveyed.ledger, as_json)
     from stemtune.data.prepare import prepare
     from stemtune.model.load import load_tokenizer, require_base
+    from stemtune.report.memory import memory_of
     from stemtune.report.summary import pieces, summarise
 
     require_base(config.model)
@@ -79,11 +91,13 @@ def _check(config: Config, show: int, as_json: bool) -> None:
         for number, sequences in enumerate(data.train.sequences[:show])
         for sequence in sequences
     ]
+    memory = memory_of(config, data, available)
     if as_json:
         samples = [asdict(sequence) for sequence in shown]
-        print(json.dumps({**summary.to_json(), "samples": samples}, ensure_ascii=False))
+        figures = {**summary.to_json(), "memory": memory.to_json(), "samples": samples}
+        print(json.dumps(figures, ensure_ascii=False))
     else:
-        _print(summary, data.ledger, shown)
+        _print(summary, memory, data.ledger, shown)
 
 
 def _elsewhere(
@@ -116,8 +130,9 @@ def _stop(ledger: "Ledger", as_json: bool) -> NoReturn:
     raise DataError(f"{first.what}{more}", where=first.place, hint=first.hint)
 
 
-def _print(summary: "Summary", ledger: "Ledger", shown: list["Shown"]) -> None:
+def _print(summary: "Summary", memory: "Memory", ledger: "Ledger", shown: list["Shown"]) -> None:
     out.print(_table(summary))
+    print_memory(memory)
     out.print(_histogram("sequences by length in tokens", summary.lengths))
     if len(summary.sharings) > 1:
         out.print(_histogram("steps by tokens ÷ distinct tokens", summary.sharings))

@@ -175,6 +175,11 @@ def _future(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)
 
 
+def forget_masks() -> None:
+    """After a simulation, whose masks are kept and hold no numbers."""
+    _future.cache_clear()
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right; the sum is in fp32 at least, whatever the product is in."""
     if left.dtype == total.dtype:

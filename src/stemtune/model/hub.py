@@ -20,21 +20,26 @@ from stemtune.config import Model
 from stemtune.errors import DiskError, ModelError
 from stemtune.network import first_line, http_error, is_offline, network_error, retried
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+WEIGHTS = ["*.safetensors"]
 PICKLED = ["*.bin"]
 CODE = ["*.py"]
 
 
-def fetch(config: Model) -> Path:
+def fetch(config: Model, *, weights: bool = True) -> Path:
     """The folder of a base of the Hub, downloaded where it is not there yet; its name is the
     commit.
+
+    Args:
+        weights: false for configuration and tokenizer alone.
 
     Raises:
         ModelError: no such base or revision, no access, no network, or other bytes than promised.
         DiskError: no space for it.
     """
-    patterns = [*WANTED, *(PICKLED if config.allow_pickled else [])]
-    patterns += CODE if config.trust_remote_code else []
+    patterns = [*SMALL, *(CODE if config.trust_remote_code else [])]
+    if weights:
+        patterns += [*WEIGHTS, *(PICKLED if config.allow_pickled else [])]
 
     def call() -> str:
         return snapshot_download(config.base, revision=config.revision, allow_patterns=patterns)

@@ -24,6 +24,7 @@ from stemtune.model.processor import prepare_processor
 from stemtune.model.quantized import hold_packed, quantization, require_trainable
 
 log = logging.getLogger(__name__)
+HUB = {"base", "revision", "allow_pickled", "trust_remote_code"}  # what decides a download
 SAMPLES = 64  # values of each weight that go into a base's fingerprint
 
 
@@ -120,12 +121,16 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer alone: what `check` needs."""
     with _explained(config):
         return AutoTokenizer.from_pretrained(
-            base_source(config), trust_remote_code=config.trust_remote_code
+            base_source(config, weights=False), trust_remote_code=config.trust_remote_code
         )
 
 
-def base_source(config: Model) -> Path:
+def base_source(config: Model, *, weights: bool = True) -> Path:
     """The folder to load from: the base's own, or one in the cache where it had to be converted.
+
+    Args:
+        weights: false where configuration and tokenizer will do; what has to be converted is there
+            whole all the same.
 
     Raises:
         ModelError: the Hub does not give it, or it can't be converted.
@@ -135,15 +140,17 @@ def base_source(config: Model) -> Path:
         return smollm2.converted_folder()
     if is_gguf(config):
         return gguf.converted_folder(Path(config.base))
-    source = _original(config)
+    source = _original(config, weights=weights)
     if chatglm.is_chatglm(source):
-        return chatglm.converted_folder(source, config.allow_pickled)
+        return chatglm.converted_folder(_original(config), config.allow_pickled)
     return source
 
 
-def _original(config: Model) -> Path:
+def _original(config: Model, *, weights: bool = True) -> Path:
     """The folder of the base as it is published; that of the Hub is named by its commit."""
-    return _fetched(config.model_dump_json()) if is_on_hub(config) else Path(config.base)
+    if is_on_hub(config):
+        return _fetched(config.model_dump_json(include=HUB), weights)
+    return Path(config.base)
 
 
 def is_gguf(config: Model) -> bool:
@@ -168,8 +175,13 @@ def hashes_of(config: Model) -> dict[str, str]:
 
 
 @cache
-def _fetched(config: str) -> Path:
-    return hub.fetch(Model.model_validate_json(config))
+def _fetched(config: str, weights: bool) -> Path:
+    model = Model.model_validate_json(config)
+    if not weights:
+        return hub.fetch(model, weights=False)
+    # Of the same commit, should a branch move in between.
+    commit = _fetched(config, False).name
+    return hub.fetch(model.model_copy(update={"revision": commit}))
 
 
 def require_base(config: Model) -> None:

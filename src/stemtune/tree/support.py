@@ -15,6 +15,8 @@ def why_no_tree(base: Any) -> str:
         return "its attention takes no function from outside"
     if has_length_dependent_rope(config):
         return "its position encoding depends on the length of the sequence"
+    if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+        return "it drops attention weights in training"
     if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
         return "it has attention sinks"
     return ""

@@ -1,0 +1,250 @@
+"""What a run will take of the device's memory, from the base's config alone."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from stemtune.config import Config, Model
+from stemtune.kernels.segments import forget_masks
+from stemtune.model.adapter import trainable
+from stemtune.model.blueprint import (
+    adapted_blocks,
+    blueprint,
+    frozen,
+    packed_bytes,
+    quantizable,
+    shortened,
+    size_of,
+)
+from stemtune.model.live import LiveBytes, without_numbers
+from stemtune.model.load import choose_dtype
+from stemtune.score import autocast
+from stemtune.tree.attention import choose_backend
+from stemtune.tree.build import Tree
+from stemtune.tree.logprobs import base_model, target_logprobs
+
+# What no tensor of ours accounts for, as measured on CPUs by benchmarks/estimate.py. Those of GPUs
+# are the CUDA context's usual size and a caching allocator's usual slack: nobody measured them yet.
+RUNTIME = {"cpu": 110e6, "cuda": 600e6, "mps": 110e6}  # bytes of libraries, their buffers and code
+# glibc can't use a freed aligned block for one of the same size again: holes are left between what
+# is kept, and under activation checkpointing by the temporaries of each block.
+HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
+HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
+SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits
+STATE_BLOCK = 256  # values of its 8-bit state that share a scale
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The largest amount of memory that training takes at once, by part, in bytes.
+
+    Attributes:
+        base: frozen weights. adapter: trained ones. gradients, optimizer: of these.
+        activations: what the forward pass keeps for the backward pass.
+        temporaries: what comes on top for a moment: the head's block, the backward pass of a block.
+        runtime: of the libraries.
+        holes: freed memory that is too scattered to be used again.
+        tokens: of the micro-batch.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporaries: int
+    runtime: int
+    holes: int
+    tokens: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By name, bytes."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, int]:
+        """All by name, in bytes."""
+        return {**asdict(self), "total": self.total}
+
+
+class NoEstimateError(Exception):
+    """What a base computes depends on numbers, such as which experts a token goes to."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a step's activations.
+
+    Attributes:
+        kept: for the backward pass.
+        passing: on top of that, for a moment.
+    """
+
+    kept: float
+    passing: float
+
+
+class Estimator:
+    """Estimates runs on a device, whose dtype is known: see `with_dtype`. What they have in common
+    is simulated once.
+
+    Args:
+        device: it need not be there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._simulations: dict[str, Simulation] = {}
+
+    def of(self, config: Config, tree: Tree) -> Estimate:
+        """Of a run, with this tree as its largest micro-batch.
+
+        Raises:
+            NoEstimateError: see there.
+            ModelError, ConfigError: see `blueprint`.
+        """
+        simulation = self.simulation(config)
+        found = simulation.activations(tree, self.backend(config))
+        offload = config.train.activation_offload and self.device.type != "cpu"
+        kept = 0.0 if offload else found.kept
+        passing = found.passing + (simulation.dense if config.model.quantization else 0)
+        holes = HOLES[self.device.type] * (kept + passing)
+        if config.train.activation_checkpointing:
+            holes += HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
+        goes_on = config.adapter.init_from is not None and config.has_reference
+        has_start = goes_on or config.adapter.init_weights == "pissa"
+        start = simulation.adapter if has_start else 0  # a frozen copy
+        return Estimate(
+            base=simulation.base(config.model) + start,
+            adapter=simulation.adapter,
+            gradients=simulation.adapter,
+            optimizer=state_bytes(simulation.sizes, config.train.optimizer, self.device),
+            activations=int(kept),
+            temporaries=int(passing),
+            runtime=int(RUNTIME[self.device.type]),
+            holes=int(holes),
+            tokens=tree.num_distinct,
+        )
+
+    def backend(self, config: Config) -> str:
+        """What `model.attention` comes to."""
+        base = base_model(self.simulation(config).model)
+        return choose_backend(config.model.attention, self.device, dtype_of(config), base.config)
+
+    def simulation(self, config: Config) -> "Simulation":
+        """Of a run; that of another one, if it differs in nothing that matters here."""
+        dtype = dtype_of(config)
+        checkpointing = config.train.activation_checkpointing
+        key = f"{config.model.base} {config.adapter!r} {dtype} {checkpointing}"
+        if key not in self._simulations:
+            self._simulations[key] = Simulation(config, dtype)
+        return self._simulations[key]
+
+
+def with_dtype(config: Config, device: torch.device) -> Config:
+    """The run file with what `model.dtype` comes to on a device, which need not be there."""
+    if config.model.dtype != "auto":
+        return config
+    unseen = device.type == "cuda" and not torch.cuda.is_available()
+    dtype = torch.bfloat16 if unseen else choose_dtype("auto", device)
+    named = {"dtype": str(dtype).removeprefix("torch.")}
+    return config.model_copy(update={"model": config.model.model_copy(update=named)})
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of a run file with a dtype of its own."""
+    return getattr(torch, config.model.dtype)
+
+
+class Simulation:
+    """A model without weights, and what its steps take.
+
+    Attributes:
+        adapter: bytes of the weights that are trained.
+        sizes: how many values each of them has.
+        dense: bytes of the largest weight that can be quantized: it is dense in its product.
+        blocks: how many there are.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
+        self.model = blueprint(config, dtype)
+        trained = trainable(self.model).values()
+        self.adapter, self.sizes = size_of(trained), [p.numel() for p in trained]
+        linear = quantizable(self.model)
+        self._shapes = [weight.shape for weight in linear]
+        self._linear, self._frozen = size_of(linear), size_of(frozen(self.model))
+        self.dense = max((size_of([weight]) for weight in linear), default=0)
+        self.trained_blocks, self.other_blocks = adapted_blocks(self.model)
+        self._mode = without_numbers(self.model)
+        self._found: dict[tuple[Tree, str], Activations] = {}
+
+    @property
+    def blocks(self) -> int:
+        """Of the decoder."""
+        return self.trained_blocks + self.other_blocks
+
+    def base(self, config: Model) -> int:
+        """Bytes of all that is frozen."""
+        if config.quantization is None:
+            return self._frozen
+        packed = sum(packed_bytes(shape, config) for shape in self._shapes)
+        return self._frozen - self._linear + packed
+
+    def activations(self, tree: Tree, backend: str) -> Activations:
+        """Those of a micro-batch.
+
+        Raises:
+            NoEstimateError: see there.
+        """
+        if (tree, backend) not in self._found:
+            self._found[tree, backend] = self._simulate(tree, backend)
+        return self._found[tree, backend]
+
+    def _simulate(self, tree: Tree, backend: str) -> Activations:
+        """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
+        its second one keeps."""
+        model, seen, marks = self.model, list[int](), list[int]()
+        few = min(self.other_blocks, 2), min(self.trained_blocks, 2)
+        with self._mode, shortened(model, *few) as blocks:
+            counted = LiveBytes([*model.parameters(), *model.buffers()])
+
+            def mark(*_: Any) -> None:
+                seen.append(counted.now)
+
+            hooks = [block.register_forward_hook(mark) for block in blocks]
+            try:
+                with counted:
+                    with autocast(model):  # a new tree: this one is to keep no fake tensors
+                        logps = target_logprobs(model, replace(tree), backend)
+                    kept, marks = counted.now, seen[-len(blocks) :]
+                    logps.sum().backward()
+            except Exception as error:  # whatever a model does with numbers that are not there
+                raise NoEstimateError((str(error) or repr(error)).splitlines()[0]) from error
+            finally:
+                forget_masks()
+                model.zero_grad()
+                for hook in hooks:
+                    hook.remove()
+        passing = counted.peak - kept
+        if few[0] == 2:
+            kept += (self.other_blocks - 2) * (marks[1] - marks[0])
+        if few[1] == 2:
+            kept += (self.trained_blocks - 2) * (marks[sum(few) - 1] - marks[sum(few) - 2])
+        return Activations(kept, passing)
+
+
+def state_bytes(sizes: Seq[int], optimizer: str, device: torch.device) -> int:
+    """Bytes of AdamW's two averages of tensors with so many values. Paged ones leave a GPU that has
+    no room for them."""
+    if optimizer.startswith("paged") and device.type == "cuda":
+        return 0
+    if not optimizer.endswith("8bit"):
+        return 8 * sum(sizes)
+    return sum(8 * n if n < SMALL else 2 * n + 8 * -(-n // STATE_BLOCK) for n in sizes)

@@ -1,0 +1,145 @@
+"""A base with its adapter as a run would build them, from the base's `config.json` alone: on the
+meta device, where weights have a size and take no memory."""
+
+import json
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stemtune.config import Adapter, Config, Model
+from stemtune.errors import ModelError
+from stemtune.model.adapter import adapter_folder, add_adapter
+from stemtune.model.load import base_source
+from stemtune.tree.blocks import has_blocks
+from stemtune.tree.logprobs import base_model
+
+BLOCK_4BIT = 64  # weights that share a scale, in bitsandbytes
+BLOCK_SCALES = 256  # scales that share a scale
+
+
+def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
+    """The base in `dtype`, unquantized, with the adapter that is trained: on the meta device, ready
+    to train.
+
+    Raises:
+        ModelError: transformers can't make the base of its config.
+        ConfigError: the adapter does not fit it; see `add_adapter`.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        base = _base(config.model, dtype)
+        model = add_adapter(base, _fresh(config.adapter), config.train.seed)
+    if config.train.activation_checkpointing:
+        base.activation_checkpointing_enable()
+    return model.train()
+
+
+def _base(config: Model, dtype: torch.dtype) -> PreTrainedModel:
+    trust = config.trust_remote_code
+    try:
+        shape = AutoConfig.from_pretrained(
+            base_source(config, weights=False), trust_remote_code=trust
+        )
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
+    except ModelError:
+        raise
+    except Exception as error:  # a config of a new kind, or with values that make no model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "is its config.json whole, and of a kind that transformers knows?"
+        what = f"can't make {config.base!r} of its config: {reason}"
+        raise ModelError(what, where="model.base", hint=hint) from error
+    return model.requires_grad_(False)
+
+
+def _fresh(config: Adapter) -> Adapter:
+    """An adapter of the same size that starts anew: what it starts from does not count. Of one that
+    an earlier stage has yet to write, the run file says the size."""
+    changes: dict[str, Any] = {"init_from": None, "init_weights": "default"}
+    if config.init_from is not None:
+        path = adapter_folder(Path(config.init_from)) / "adapter_config.json"
+        saved = json.loads(path.read_bytes()) if path.is_file() else {}
+        if saved:
+            layers = saved.get("layers_to_transform")
+            targets = saved["target_modules"]
+            changes |= {
+                "r": saved["r"],
+                "target_modules": targets if isinstance(targets, str) else sorted(targets),
+                "layers": len(layers) if layers else None,
+                "use_dora": bool(saved.get("use_dora")),
+                "modules_to_save": saved.get("modules_to_save") or [],
+            }
+    return config.model_copy(update=changes)
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of some tensors, each once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in set(tensors))
+
+
+def frozen(model: PeftModel) -> list[torch.Tensor]:
+    """All that is held and not trained."""
+    return [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+
+
+def quantizable(model: PeftModel) -> list[torch.Tensor]:
+    """The frozen weights that a quantized base holds in few bits: of all linear layers but the
+    head, which transformers leaves as it is."""
+    base = base_model(model)
+    head = set(base.get_output_embeddings().modules())
+    layers = [m for m in base.modules() if isinstance(m, nn.Linear) and m not in head]
+    return [layer.weight for layer in layers if not layer.weight.requires_grad]
+
+
+def packed_bytes(shape: torch.Size, config: Model) -> int:
+    """What a weight takes as `config.quantization` holds it, with its scales.
+
+    Source:
+        Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314, section 3; 8 bits have a
+        scale a row.
+    """
+    count = shape.numel()
+    if config.quantization == "int8":
+        return count + 4 * shape[0]
+    scales = -(-count // BLOCK_4BIT)
+    if not config.double_quantization:
+        return count // 2 + 4 * scales
+    return count // 2 + scales + 4 * -(-scales // BLOCK_SCALES)
+
+
+def adapted_blocks(model: PeftModel) -> tuple[int, int]:
+    """How many of the decoder's blocks hold something that is trained, and how many do not; (0, 0)
+    where it has no list of blocks."""
+    base = base_model(model)
+    if not has_blocks(base):
+        return 0, 0
+    trained = sum(map(_is_trained, base.get_decoder().layers))
+    return trained, len(base.get_decoder().layers) - trained
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(p.requires_grad for p in block.parameters())
+
+
+@contextmanager
+def shortened(model: PeftModel, others: int, trained: int) -> Generator[list[nn.Module]]:
+    """Within it the decoder has so many of its blocks that are not trained, and of those that are
+    on top of them."""
+    if not any(adapted_blocks(model)):
+        yield []
+        return
+    decoder = base_model(model).get_decoder()
+    blocks: nn.ModuleList = decoder.layers
+    kinds: dict[bool, list[nn.Module]] = {False: [], True: []}
+    for block in blocks:
+        kinds[_is_trained(block)].append(block)
+    chosen = [*kinds[False][:others], *kinds[True][:trained]]
+    decoder.layers = nn.ModuleList(chosen)
+    try:
+        yield chosen
+    finally:
+        decoder.layers = blocks
