@@ -43,6 +43,9 @@ SETTINGS = [
     "bf16, 2048, upper half, r 64",
     "bf16, 2048, checkpointing",
     "bf16, 4096, checkpointing",
+    "bf16, 1024, nf4",
+    "bf16, 2048, nf4, checkpointing, 8-bit optimizer",
+    "fp32, 1024, int8",
 ]
 
 
@@ -62,6 +65,7 @@ def config_of(setting: str, folder: str) -> Config:
             "base": "smollm2",
             "dtype": "float32" if words[0] == "fp32" else "bfloat16",
             "device": "cpu",
+            "quantization": next((word for word in words if word in ("nf4", "int8")), None),
             "attention": "padded" if "separate sequences" in words else "auto",
         },
         "adapter": adapter,
@@ -71,6 +75,7 @@ def config_of(setting: str, folder: str) -> Config:
             "max_steps": 2,
             "micro_batch_tokens": int(words[1]),
             "activation_checkpointing": "checkpointing" in words,
+            "optimizer": "adamw_8bit" if "8-bit optimizer" in words else "adamw",
         },
         "output": {"dir": folder},
         "tracking": {"trackers": []},

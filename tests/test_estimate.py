@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from stemtune.config import Adapter, Config, Train
+from stemtune.config import Adapter, Config, Model, Train
 from stemtune.estimate import Estimate, Estimator, NoEstimateError, state_bytes
 from stemtune.model.adapter import add_adapter, trainable
 from stemtune.model.blueprint import packed_bytes
