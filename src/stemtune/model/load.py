@@ -230,7 +230,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if device.type == "mps":
         return torch.float32
     faster = _speed_of_bfloat16()
-    log.info("bfloat16 runs at %.1f times the speed of float32 on this processor", faster)
+    log.debug("bfloat16 runs at %.1f times the speed of float32 on this processor", faster)
     return torch.bfloat16 if faster > 1.3 else torch.float32
 
 
