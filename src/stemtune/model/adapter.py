@@ -72,7 +72,7 @@ def lora_config(model: PreTrainedModel, config: Adapter) -> LoraConfig:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights="pissa" if config.init_weights == "pissa" else True,
-        modules_to_save=config.modules_to_save or None,
+        modules_to_save=list(config.modules_to_save) or None,  # PEFT changes it
         # A head that is the embeddings' matrix stays so.
         ensure_weight_tying=bool(config.modules_to_save and model.config.tie_word_embeddings),
         task_type="CAUSAL_LM",
