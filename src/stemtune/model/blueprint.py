@@ -2,6 +2,7 @@
 meta device, where weights have a size and take no memory."""
 
 import json
+import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from stemtune.config import Adapter, Config, Model
 from stemtune.errors import ModelError
 from stemtune.model.adapter import adapter_folder, add_adapter
 from stemtune.model.load import base_source
+from stemtune.model.targets import linear_layers
 from stemtune.tree.blocks import has_blocks
 from stemtune.tree.logprobs import base_model
 
@@ -33,7 +35,7 @@ def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         base = _base(config.model, dtype)
-        model = add_adapter(base, _fresh(config.adapter), config.train.seed)
+        model = add_adapter(base, _fresh(config.adapter, base), config.train.seed)
     if config.train.activation_checkpointing:
         base.activation_checkpointing_enable()
     return model.train()
@@ -56,7 +58,7 @@ def _base(config: Model, dtype: torch.dtype) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _fresh(config: Adapter) -> Adapter:
+def _fresh(config: Adapter, base: PreTrainedModel) -> Adapter:
     """An adapter of the same size that starts anew: what it starts from does not count. Of one that
     an earlier stage has yet to write, the run file says the size."""
     changes: dict[str, Any] = {"init_from": None, "init_weights": "default"}
@@ -65,15 +67,23 @@ def _fresh(config: Adapter) -> Adapter:
         saved = json.loads(path.read_bytes()) if path.is_file() else {}
         if saved:
             layers = saved.get("layers_to_transform")
-            targets = saved["target_modules"]
             changes |= {
                 "r": saved["r"],
-                "target_modules": targets if isinstance(targets, str) else sorted(targets),
+                "target_modules": _targets(saved["target_modules"], base),
                 "layers": len(layers) if layers else None,
                 "use_dora": bool(saved.get("use_dora")),
                 "modules_to_save": saved.get("modules_to_save") or [],
             }
     return config.model_copy(update=changes)
+
+
+def _targets(saved: str | list[str], base: PreTrainedModel) -> str | list[str]:
+    """PEFT's pattern, or its names, as names of this base; `auto` where it has other ones now
+    (ChatGLM's)."""
+    names = linear_layers(base)
+    if isinstance(saved, str):
+        return [name for name in names if re.fullmatch(saved, name)] or "auto"
+    return [one for one in saved if any(f".{name}".endswith(f".{one}") for name in names)] or "auto"
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
