@@ -169,8 +169,10 @@ def power_loss(lab: Lab, count: int) -> Row:
         with row.attempt(f"operation {at} of {places}"):
 
             def lose(journal: "Journal" = journal, config: st.Config = config) -> None:
-                journal.lose(Path(config.output.dir))
-                _kill_myself()
+                try:
+                    journal.lose(Path(config.output.dir))
+                finally:  # another thread may have taken a file away meanwhile: the power is off
+                    _kill_myself()
 
             def run(at: int = at, journal: "Journal" = journal, config: st.Config = config) -> None:
                 journal.listen()
