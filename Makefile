@@ -26,7 +26,7 @@ demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their 
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo_dpo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: format lint types audit test
 
