@@ -26,7 +26,9 @@ demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their 
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo_dpo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# Runs that are killed on purpose are forked: not out of a worker's hands.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/chaos
+	$(BIN)/python -m pytest tests/chaos
 
 check: format lint types audit test
 
