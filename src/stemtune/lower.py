@@ -20,6 +20,7 @@ from stemtune.data.prepare import Part
 from stemtune.errors import ConfigError, DiskError
 from stemtune.metrics import track
 from stemtune.model.adapter import has_all_blocks
+from stemtune.ranks import Ranks
 from stemtune.score import AT_ONCE, Scorer, autocast
 from stemtune.tree.blocks import Below, has_blocks
 from stemtune.tree.build import Tree, build_tree
@@ -35,9 +36,9 @@ WHERE = "train.keep_lower_states"
 Keys = NDArray[np.uint64]
 
 
-def require_lower_blocks(config: Config) -> None:
-    """Refuse a run file without blocks below the adapter, before weights load. Call
-    `require_adapter` first.
+def require_lower_blocks(config: Config, ranks: Ranks) -> None:
+    """Refuse a run file without blocks below the adapter, or several processes, before weights
+    load. Call `require_adapter` first.
 
     Raises:
         ConfigError: see above.
@@ -46,6 +47,9 @@ def require_lower_blocks(config: Config) -> None:
         what = "there are no blocks below the adapter whose states could be kept"
         hint = "set adapter.layers: the upper half of the model's blocks, say"
         raise ConfigError(what, where=WHERE, hint=hint)
+    if config.train.keep_lower_states and ranks.size > 1:
+        hint = "leave train.keep_lower_states out, or start one process"
+        raise ConfigError("lower states are kept by one process", where=WHERE, hint=hint)
 
 
 class LowerStates:

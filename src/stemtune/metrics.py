@@ -74,9 +74,13 @@ class MetricsFile:
 
 
 class ConsoleProgress:
-    """A bar on a terminal; a log line now and then elsewhere."""
+    """A bar on a terminal; a log line now and then elsewhere.
 
-    def __init__(self, total: int, start: int) -> None:
+    Args:
+        quiet: without the bar.
+    """
+
+    def __init__(self, total: int, start: int, *, quiet: bool = False) -> None:
         self.total = total
         console = Console(stderr=True)
         self.bar = Progress(
@@ -85,7 +89,7 @@ class ConsoleProgress:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         )
         self.task = self.bar.add_task("steps", total=total, completed=start, numbers="")
 
@@ -105,10 +109,10 @@ class ConsoleProgress:
         log.log(level, "step %d/%d  %s", line["step"], self.total, numbers)
 
 
-def track(items: Seq[Item], what: str) -> Iterator[Item]:
-    """Items one by one, with a bar on a terminal."""
+def track(items: Seq[Item], what: str, *, quiet: bool = False) -> Iterator[Item]:
+    """Items one by one, with a bar on a terminal, unless `quiet`."""
     console = Console(stderr=True)
-    yield from rich_track(items, what, console=console, disable=not console.is_terminal)
+    yield from rich_track(items, what, console=console, disable=quiet or not console.is_terminal)
 
 
 def _short(number: float) -> str:

@@ -62,14 +62,16 @@ def load_or_compute(
     held_out = range(len(data.eval))
     parts += [(data.eval, list(held_out[i : i + RECORDS])) for i in held_out[::RECORDS]]
     known: dict[int, list[Tensor]] = {}
-    for part, records in track(parts, "reference"):
+    for part, records in track(parts, "reference", quiet=not scorer.ranks.is_first):
         if not all(int(part.numbers[record]) in known for record in records):
             logps = iter(scorer.reference(part.of(records)) or [])
             for record in records:
                 mine = list(islice(logps, len(part.sequences[record])))
                 known[int(part.numbers[record])] = mine
         after_step()
-    store(path, key, known)
+    if scorer.ranks.is_first:
+        store(path, key, known)
+    scorer.ranks.wait()
     return StoredReference(path, key)
 
 

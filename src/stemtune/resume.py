@@ -158,9 +158,10 @@ def refuse_other_base(state: dict[str, Any], fingerprint: str, allowed: Seq[str]
         raise ConfigError(what, where="model.base", hint=HINT)
 
 
-def rounding() -> dict[str, Any]:
+def rounding(processes: int) -> dict[str, Any]:
     """What decides in which order numbers are summed, and so a result's last bits."""
     return {
+        "processes": processes,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": torch.cuda.get_device_name()
@@ -169,9 +170,9 @@ def rounding() -> dict[str, Any]:
     }
 
 
-def warn_of_other_rounding(state: dict[str, Any]) -> None:
+def warn_of_other_rounding(state: dict[str, Any], processes: int) -> None:
     """Say so if the run goes on exactly, but not to the last bit."""
-    changes = settings_difference(state["rounding"], rounding())
+    changes = settings_difference(state["rounding"], rounding(processes))
     if changes:
         told = "; ".join(f"{key}: {change}" for key, change in changes.items())
         log.warning("the last bits of what follows may differ: %s", told)

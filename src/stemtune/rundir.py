@@ -22,10 +22,14 @@ State = Literal["running", "done", "failed", "interrupted"]
 
 
 class RunFolder:
-    """A folder that one run owns: a lock while it runs, `run.json` for good."""
+    """A folder that one run owns: a lock while it runs, `run.json` for good.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        is_writer: false for the other processes of the run, which write nothing.
+    """
+
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
+        self.path, self.is_writer = path, is_writer
         self.info: dict[str, Any] = {}
         self._lock = FileLock(path / ".lock")
         self._log: logging.FileHandler | None = None
@@ -43,6 +47,8 @@ class RunFolder:
             OutputBusyError: another process, or another run's results, are in it.
             DiskError: it can't be written.
         """
+        if not self.is_writer:
+            return
         where = str(self.path)
         try:
             self._created = not self.path.exists()
@@ -110,6 +116,8 @@ class RunFolder:
         self.info |= facts
         if facts.get("state") in ("running", "done"):
             self.info.pop("reason", None)
+        if not self.is_writer:
+            return
         try:
             write_text(self.path / "run.json", json.dumps(self.info, indent=1, ensure_ascii=False))
         except OSError as error:

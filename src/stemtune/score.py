@@ -1,9 +1,11 @@
 """Log-probabilities under the model's own dtype, without a gradient."""
 
 import logging
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -16,12 +18,14 @@ from stemtune.model.adapter import starting_point
 from stemtune.model.memory import memory_errors
 from stemtune.objectives.mismatched import baseline, mismatched
 from stemtune.plan.pack import MicroBatch, pack
+from stemtune.ranks import ALONE, Ranks
 from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import base_model, target_logprobs
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
 AT_ONCE = 1024  # records whose sequences are in memory together
+T = TypeVar("T")
 
 
 def autocast(model: nn.Module) -> Any:
@@ -32,6 +36,14 @@ def autocast(model: nn.Module) -> Any:
     return torch.autocast(base.device.type, base.dtype if half else None, enabled=half)
 
 
+def in_order(shares: Iterable[dict[int, Tensor]]) -> list[Tensor]:
+    """What each process found, by index of the sequence, put together."""
+    found: dict[int, Tensor] = {}
+    for share in shares:
+        found |= share
+    return [found[index] for index in range(len(found))]
+
+
 class Scorer:
     """A model, in which micro-batches it is run, and what it gives without a gradient.
 
@@ -39,26 +51,63 @@ class Scorer:
         compares: whether the answers of a record are compared, and so run together.
         has_reference: whether an objective compares with the model that training started from.
         budget: distinct tokens of a micro-batch; halved where memory runs out.
+        ranks: the processes that share the work.
     """
 
-    def __init__(self, model: PeftModel, config: Config, backend: str, budget: int) -> None:
-        self.model, self.backend, self.budget = model, backend, budget
+    def __init__(
+        self,
+        model: PeftModel,
+        config: Config,
+        backend: str,
+        budget: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.backend, self.budget, self.ranks = model, backend, budget, ranks
         self.answers = config.answers
         self.compares = config.answers != "best"
         self.has_reference = config.has_reference
 
     def micro_batches(self, sequences: Seq[Sequence]) -> list[MicroBatch]:
-        """Which sequences run together."""
-        shared = self.backend != "padded"
-        return pack(sequences, self.budget, shared=shared, together=self.compares)[0]
+        """Which sequences run together, of those that are this process's to run."""
+        return self._dealt_out(sequences)[self.ranks.rank]
 
-    def halve_budget(self, sequences: Seq[Sequence]) -> None:
-        """After a micro-batch of these sequences ran out of memory.
+    def largest(self, sequences: Seq[Sequence]) -> MicroBatch:
+        """The micro-batch that takes most."""
+        return self._dealt_out(sequences)[0][0]
+
+    def _dealt_out(self, sequences: Seq[Sequence]) -> list[list[MicroBatch]]:
+        """The micro-batches of each process."""
+        return pack(
+            sequences,
+            self.budget,
+            shared=self.backend != "padded",
+            together=self.compares,
+            world_size=self.ranks.size,
+        )
+
+    def while_it_fits(self, sequences: Seq[Sequence], run: Callable[[], T]) -> T:
+        """What `run` gives; where memory runs out, on whichever process, all of them run it again
+        in smaller micro-batches.
+
+        Args:
+            sequences: what is run.
 
         Raises:
             OutOfMemoryError: each ran alone already.
         """
-        batches = self.micro_batches(sequences)
+        while True:
+            found: list[T] = []
+            try:
+                with memory_errors():
+                    found.append(run())
+            except torch.OutOfMemoryError:
+                pass
+            if not self.ranks.any(not found):
+                return found[0]
+            self._halve_budget(sequences)
+
+    def _halve_budget(self, sequences: Seq[Sequence]) -> None:
+        batches = list(chain(*self._dealt_out(sequences)))
         records = [len({sequences[index].record for index in batch}) for batch in batches]
         if all(n == 1 for n in (records if self.compares else map(len, batches))):
             longest = max(len(sequence) for sequence in sequences)
@@ -78,15 +127,12 @@ class Scorer:
         Args:
             adapter: false for the base alone.
         """
-        while True:
-            try:
-                with memory_errors(), nullcontext() if adapter else self.model.disable_adapter():
-                    return self._logps(sequences)
-            except torch.OutOfMemoryError:
-                self.halve_budget(sequences)
+        with nullcontext() if adapter else self.model.disable_adapter():
+            mine = self.while_it_fits(sequences, lambda: self._logps(sequences))
+        return in_order(self.ranks.gather(mine))
 
-    def _logps(self, sequences: Seq[Sequence]) -> list[Tensor]:
-        found: list[Tensor] = [torch.empty(0)] * len(sequences)
+    def _logps(self, sequences: Seq[Sequence]) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
         training = self.model.training
         self.model.eval()
         try:

@@ -13,6 +13,7 @@ from stemtune.estimate import Estimate, NoEstimateError, with_dtype
 from stemtune.fit import FALLBACK, SMALLEST, Fit, Workload
 from stemtune.model.load import choose_device, commit_of
 from stemtune.model.memory import free_memory, used_memory
+from stemtune.ranks import ALONE, Ranks
 from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
 from stemtune.tree.logprobs import base_model
@@ -57,10 +58,15 @@ class MemoryPlan:
         facts: for `run.json`, in bytes: `free` and `used` before, `estimate` by part.
     """
 
-    def __init__(self, config: Config, part: Part, plan: Seq[Seq[int]]) -> None:
+    def __init__(
+        self, config: Config, part: Part, plan: Seq[Seq[int]], ranks: Ranks = ALONE
+    ) -> None:
         device = choose_device(config.model.device)
-        self.config = with_dtype(config, device)
-        self.free = free_memory(device)
+        self.ranks = ranks
+        self.config = ranks.same(with_dtype(config, device))
+        self.free = min(ranks.gather(free_memory(device)))
+        if device.type == "cpu":
+            self.free //= ranks.on_this_machine
         self.facts: dict[str, Any] = {"free": self.free, "used": used_memory(device)}
         self._fit = Fit(Workload(part, plan, config), device, self.free)
 
@@ -88,8 +94,8 @@ class MemoryPlan:
         except NoEstimateError as error:
             log.info("memory: no estimate for this base (%s)", error)
             self.facts["estimate"] = None
-            return FALLBACK if wanted == "auto" else wanted
-        return wanted
+            wanted = FALLBACK if wanted == "auto" else wanted
+        return self.ranks.same(wanted)
 
     def _tell(self, found: Estimate) -> None:
         if self.facts.get("estimate") == found.to_json():

@@ -1,8 +1,10 @@
 """A step's gradient: its micro-batches through the model, one after another."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,14 +16,15 @@ from stemtune.figures import preferences_of
 from stemtune.guards import suspects
 from stemtune.lower import LowerStates
 from stemtune.metrics import Metrics
-from stemtune.model.memory import memory_errors
 from stemtune.objectives import Term, Totals, layout_of, loss_of, totals_of
 from stemtune.plan.pack import count_distinct
 from stemtune.reference import StoredReference
-from stemtune.score import Scorer, autocast
+from stemtune.score import Scorer, autocast, in_order
 from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import target_logprobs
 from stemtune.tree.sequence import Sequence
+
+OTHER_DROPOUT = 2**40 + 15  # from one process's seed to the next one's
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,27 @@ class Outcome:
         return suspects(self.step.sequences, self.logps)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a process found of a step, in its own micro-batches; see `Outcome`.
+
+    Attributes:
+        logps: by index of the sequence.
+    """
+
+    loss: float
+    distinct: int
+    told: dict[str, float]
+    logps: dict[int, Tensor]
+
+
+def _added_up(shares: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for name, value in chain(*(share.items() for share in shares)):
+        total[name] = total.get(name, 0.0) + value
+    return total
+
+
 class StepRunner:
     """Turns the records of a step into the gradient of its loss.
 
@@ -118,54 +142,60 @@ class StepRunner:
         fit is found before the first step, and halves the micro-batches of all."""
         step = self.gather(records)
         self.model.train()  # activations are checkpointed in training alone
-        while True:
-            try:
-                largest = step.of(self.scorer.micro_batches(step.sequences)[0])
-                with memory_errors():
-                    self._backward(self.loss(largest)[0])
-                return
-            except torch.OutOfMemoryError:
-                self.scorer.halve_budget(step.sequences)
-            finally:
-                self.optimizer.zero_grad()
+
+        def largest() -> None:
+            self.optimizer.zero_grad()
+            self._backward(self.loss(step.of(self.scorer.largest(step.sequences)))[0])
+
+        self.scorer.while_it_fits(step.sequences, largest)
+        self.optimizer.zero_grad()
 
     def accumulate(self, step: Step, seed: int) -> Outcome:
-        """The step's gradient, micro-batch by micro-batch. Out of memory, the whole step is done
-        again in smaller micro-batches.
+        """The step's gradient, micro-batch by micro-batch, summed over the processes. Out of
+        memory, the whole step is done again in smaller micro-batches.
 
         Args:
-            seed: of its dropout, which so depends neither on what ran before nor on a resume.
+            seed: of its dropout, which so depends neither on what ran before nor on a resume. Each
+                process draws its own.
         """
-        while True:
-            torch.manual_seed(seed)
-            try:
-                with memory_errors():
-                    return self._run_micro_batches(step)
-            except torch.OutOfMemoryError:
-                self.optimizer.zero_grad()
-                self.scorer.halve_budget(step.sequences)
+        ranks = self.scorer.ranks
 
-    def _run_micro_batches(self, step: Step) -> Outcome:
+        def mine() -> Share:
+            self.optimizer.zero_grad()
+            torch.manual_seed(seed + ranks.rank * OTHER_DROPOUT)
+            return self._run_micro_batches(step)
+
+        share = self.scorer.while_it_fits(step.sequences, mine)
+        ranks.add_gradients(p for p in self.model.parameters() if p.requires_grad)
+        shares = ranks.gather(share)
+        logps = in_order(share.logps for share in shares)
+        told = _added_up(share.told for share in shares)
+        if self.scorer.compares:
+            theirs = None if step.references is None else torch.cat(step.references)
+            sources = [self.part.sources[sequence.record] for sequence in step.sequences]
+            told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
+        loss, distinct = (
+            sum(of) for of in zip(*((s.loss, s.distinct) for s in shares), strict=True)
+        )
+        return Outcome(step, loss, int(distinct), told, logps)
+
+    def _run_micro_batches(self, step: Step) -> Share:
+        """Those of this process."""
         self.model.train()
         total, distinct = 0.0, 0
-        told: Metrics = {}
-        logps: list[Tensor] = [torch.empty(0)] * len(step.sequences)
+        told: dict[str, float] = {}
+        logps: dict[int, Tensor] = {}
         for batch in self.scorer.micro_batches(step.sequences):
             part = step.of(batch)
             loss, found, more = self.loss(part)
             self._backward(loss)
             total += float(loss.detach())
-            for name, value in more.items():
-                told[name] = told.get(name, 0.0) + float(value)
+            told = _added_up([told, {name: float(value) for name, value in more.items()}])
             counts = [sequence.num_targets for sequence in part.sequences]
             for index, mine in zip(batch, found.detach().cpu().split(counts), strict=True):
                 logps[index] = mine
             distinct += self._computed(part)
-        if self.scorer.compares:
-            theirs = None if step.references is None else torch.cat(step.references)
-            sources = [self.part.sources[sequence.record] for sequence in step.sequences]
-            told |= preferences_of(step.sequences, torch.cat(logps), theirs, self.terms, sources)
-        return Outcome(step, total, distinct, told, logps)
+        return Share(total, distinct, told, logps)
 
     def _activations(self) -> AbstractContextManager[None]:
         """Where they wait for the backward pass."""

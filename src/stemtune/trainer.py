@@ -17,7 +17,7 @@ from torch import Tensor
 from stemtune import checkpoint, lower, reference
 from stemtune.config import Config
 from stemtune.data.memories import MEMORIES_FILE, memory_lines
-from stemtune.data.prepare import Part, prepare
+from stemtune.data.prepare import Part, Prepared, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.data.templates import set_template
 from stemtune.errors import DivergedError, Interrupted
@@ -29,6 +29,7 @@ from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trac
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
 from stemtune.model.load import (
     base_source,
+    choose_device,
     fingerprint,
     hashes_of,
     load_model,
@@ -44,6 +45,7 @@ from stemtune.model.serving import serving_notes
 from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.steps import plan_steps
+from stemtune.ranks import join
 from stemtune.resume import (
     refuse_differences,
     refuse_new_folder,
@@ -153,11 +155,13 @@ class Trainer:
         objective: Objective | None = None,
         surveyed: Survey | None = None,
     ) -> None:
-        config, resume = settle_folder(config, resume)
+        self.ranks = join(choose_device(config.model.device))
+        config, resume = self.ranks.same(settle_folder(config, resume))
         self.config = config
         terms = terms_of(config.objective, objective)
         self.progress = Progress()
-        self.folder = RunFolder(Path(config.output.dir).absolute())
+        path = Path(config.output.dir).absolute()
+        self.folder = RunFolder(path, is_writer=self.ranks.is_first)
         self.stop = StopRequest(config.train.time_limit)
         self.saver = Saver(self.folder.checkpoints, config.train)
         self.spikes = SpikeWatch()
@@ -165,7 +169,7 @@ class Trainer:
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
         self.start = require_adapter(config.adapter, config.model)
-        lower.require_lower_blocks(config)
+        lower.require_lower_blocks(config, self.ranks)
         require_trackers(config.tracking)
         if config.train.optimizer != "adamw":
             require_bitsandbytes("train.optimizer")
@@ -178,10 +182,10 @@ class Trainer:
                 self.config = _as_it_began(config, saved)
                 self.tokenizer = load_tokenizer(self.config.model)
                 set_template(self.tokenizer, config.data.template)  # it is saved with the adapter
-                self.data = prepare(surveyed, self.tokenizer, config.data, answers=config.answers)
+                self.data = self.ranks.after_first(lambda: self._prepared(surveyed))
                 if saved is not None:
                     refuse_differences(saved.state, config, self._facts, allow_changes)
-                    warn_of_other_rounding(saved.state)
+                    warn_of_other_rounding(saved.state, self.ranks.size)
                 self.plan = self._plan()
             with self.folder.phase("loading the model"):
                 self._load_model(saved, allow_changes, terms)
@@ -199,6 +203,10 @@ class Trainer:
             log.warning("passed over %s", reason)
         log.info("resuming from %s", saved.path.name)
         return saved
+
+    def _prepared(self, surveyed: Survey) -> Prepared:
+        config = self.config
+        return prepare(surveyed, self.tokenizer, config.data, answers=config.answers)
 
     def _plan(self) -> list[list[int]]:
         train = self.config.train
@@ -222,7 +230,7 @@ class Trainer:
         self, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str], terms: list[Term]
     ) -> None:
         config = self.config
-        memory = MemoryPlan(config, self.data.train, self.plan)
+        memory = MemoryPlan(config, self.data.train, self.plan, self.ranks)
         self.memory = memory.facts
         budget = memory.micro_batch_tokens(saved)
         base, _ = load_model(memory.config.model)
@@ -252,11 +260,12 @@ class Trainer:
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config.train))
         if saved is None:
             sequences = self.data.train.of(self.plan[0])
-            backend = checked_backend(self.model, config.model.attention, sequences)
+            checked = checked_backend(self.model, config.model.attention, sequences)
+            backend = self.ranks.same(checked)
             budget = memory.micro_batch_tokens(backend=backend)
         else:
             backend = saved.state["backend"]
-        self.scorer = Scorer(self.model, config, backend, budget)
+        self.scorer = Scorer(self.model, config, backend, budget, self.ranks)
         self.runner = StepRunner(
             self.scorer,
             self.data.train,
@@ -290,7 +299,8 @@ class Trainer:
         """
         try:
             with self.folder.phase("training"), self.stop.listening():
-                self._write_facts()
+                if self.ranks.is_first:
+                    self._write_facts()
                 self._train_steps()
             with self.folder.phase("saving"):
                 result = self._finish()
@@ -300,14 +310,16 @@ class Trainer:
             return result
         finally:
             self.saver.close()
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
             self.folder.release()
 
     def _train_steps(self) -> None:
         total, start = len(self.plan), self.progress.step
-        self.metrics_file = MetricsFile(self.folder.path / "metrics.jsonl", start)
+        if self.ranks.is_first:
+            self.metrics_file = MetricsFile(self.folder.path / "metrics.jsonl", start)
         self.accelerator.init_trackers(self.config.tracking.project)
-        console = ConsoleProgress(total, start)
+        console = ConsoleProgress(total, start, quiet=not self.ranks.is_first)
         if reference.wants_stored(self.config.objective):
             with self.folder.phase("computing the reference"):
                 self.runner.stored = self._reference()
@@ -340,9 +352,10 @@ class Trainer:
         return self.config.train.eval_steps or self._steps_per_epoch
 
     def _stop_if_asked(self) -> None:
-        if self.stop.requested:
+        if self.ranks.any(self.stop.requested):
             self._commit()
             self.saver.wait()
+            self.ranks.wait()
             what = f"stopped at step {self.progress.step} of {len(self.plan)}; it is saved"
             hint = "the same command with --resume goes on"
             raise Interrupted(what, where=str(self.folder.path), hint=hint)
@@ -506,12 +519,16 @@ class Trainer:
     # -- keeping ------------------------------------------------------------------------------
 
     def _log(self, line: Metrics) -> None:
-        self.metrics_file.write(line)
         self.progress.metrics = {**(self.progress.metrics or {}), **line}
+        if not self.ranks.is_first:
+            return
+        self.metrics_file.write(line)
         numbers = {name: v for name, v in line.items() if name != "step" and v is not None}
         self.accelerator.log(numbers, step=line["step"])
 
     def _commit(self) -> None:
+        if not self.ranks.is_first:
+            return
         state = {
             "progress": self.progress.__dict__,
             "dtype": self.resolved.model.dtype,
@@ -522,7 +539,7 @@ class Trainer:
             "base": self.base_fingerprint,
             "facts": self._facts,
             "settings": training_settings(self.config),
-            "rounding": rounding(),
+            "rounding": rounding(self.ranks.size),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
         with self.folder.phase("saving"):
@@ -539,6 +556,9 @@ class Trainer:
 
     def _finish(self) -> Result:
         """Write `adapter/`: the best or the last, and the other one beside it."""
+        if not self.ranks.is_first:
+            self.ranks.wait()
+            return self._result()
         self.saver.wait()
         best, last = self.progress.best_step, self.progress.step
         wanted = self.config.output.final_adapter
@@ -559,6 +579,10 @@ class Trainer:
                 self.save_model(self.folder.path / folder)
         if self.runner.lower is not None:
             self.runner.lower.remove()
+        self.ranks.wait()
+        return self._result()
+
+    def _result(self) -> Result:
         return Result(self.folder.path, self.folder.path / "adapter", self.progress.metrics or {})
 
     def save_model(self, folder: str | Path) -> None:

@@ -11,8 +11,8 @@ import typer
 
 from stemtune import __version__
 from stemtune.cli import chat, check, env, eval_, init, merge, train
-from stemtune.cli.common import quieten_libraries
-from stemtune.errors import StemtuneError
+from stemtune.cli.common import is_first_process, quieten_libraries
+from stemtune.errors import Interrupted, StemtuneError
 from stemtune.redact import redacted
 
 app = typer.Typer(
@@ -57,7 +57,12 @@ def main() -> None:
     except StemtuneError as error:
         if debug:
             raise
-        print(f"{'interrupted' if error.exit_code == 75 else 'error'}: {error}", file=sys.stderr)
+        if isinstance(error, Interrupted) and not is_first_process():
+            return  # a launcher that sees one process fail ends the first one, which still writes
+        print(
+            f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}",
+            file=sys.stderr,
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

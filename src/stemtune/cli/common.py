@@ -25,10 +25,15 @@ err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 
+def is_first_process() -> bool:
+    """Of those that a launcher such as torchrun has started: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def log_to_stderr() -> None:
     """What the library says while it works, a line each."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO)
+    handler.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     handler.setFormatter(_LineFormatter())
     handler.addFilter(Redacting())
     logging.getLogger("stemtune").addHandler(handler)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stemtune.cli.common import Overrides, RunFile, log_to_stderr
+from stemtune.cli.common import Overrides, RunFile, is_first_process, log_to_stderr
 from stemtune.runfile import load_stages
 
 
@@ -38,6 +38,8 @@ def train(
         result = run(config, resume=resume, allow_changes=allowed, surveyed=surveyed[0])
     else:
         result = run(stages, resume=resume, allow_changes=allowed)
+    if not is_first_process():
+        return
     typer.echo(f"next: stemtune chat {_shown(result.output_dir)}", err=True)
     print(result.adapter_dir)
 

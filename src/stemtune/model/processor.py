@@ -25,7 +25,8 @@ DISABLED = -1
 @cache
 def prepare_processor() -> None:
     """Once per process, before weights load."""
-    cores = available_cores()
+    # The processes of one run share the cores.
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if cores < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
         log.info("%d threads: this process may use no more cores", cores)
