@@ -3,9 +3,12 @@
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
 @contextmanager
@@ -27,10 +30,33 @@ def memory_errors() -> Generator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+    """Bytes that can still be taken on a device; in main memory no more than this process may."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _left_to_container(), _left_to_process())
+
+
+def _left_to_container() -> int:
+    """Of what its control group allows; what is cached of files makes way."""
+    try:
+        allowed = int((CGROUP / "memory.max").read_text())
+        taken = int((CGROUP / "memory.current").read_text())
+        kinds = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, allowed - taken + int(kinds["file"]))
+    except (OSError, ValueError, KeyError):  # no container, or "max": no limit
+        return sys.maxsize
+
+
+def _left_to_process() -> int:
+    """Of the addresses that `ulimit -v` allows."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    import resource
+
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(0, allowed - psutil.Process().memory_info().vms)
 
 
 def used_memory(device: torch.device) -> int:
