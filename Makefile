@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 CODE := src tests benchmarks examples
 
-.PHONY: setup demo demo-long demo-dpo test check format lint types audit chaos bench docs
+.PHONY: setup demo demo-long demo-dpo test test-most test-chaos check format lint types audit chaos bench docs
 
 setup: $(READY)
 
@@ -26,8 +26,12 @@ demo-dpo: $(READY)  ## preferences: Hamlet stays in role, answers keep to their 
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python examples/demo_dpo.py
 
 test: $(READY)
-	# Runs that are killed on purpose are forked: not out of a worker's hands.
+	$(MAKE) --jobs 2 --output-sync=target test-most test-chaos
+
+test-most: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/chaos
+
+test-chaos: $(READY)  ## runs that are killed on purpose are forked: not out of a worker's hands
 	$(BIN)/python -m pytest tests/chaos
 
 check: format lint types audit test
