@@ -32,6 +32,8 @@ RUNTIME = {"cpu": 110e6, "cuda": 600e6, "mps": 110e6}  # bytes of libraries, the
 # is kept, and under activation checkpointing by the temporaries of each block.
 HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
 HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
+# Weights in few bits are dense for the moment of a product, each between activations that are kept.
+HOLES_OF_DENSE = {"cpu": 1.0, "cuda": 0.0, "mps": 0.0}  # of all such weights
 SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits
 STATE_BLOCK = 256  # values of its 8-bit state that share a scale
 
@@ -118,6 +120,8 @@ class Estimator:
         holes = HOLES[self.device.type] * (kept + passing)
         if config.train.activation_checkpointing:
             holes += HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
+        elif config.model.quantization:
+            holes += HOLES_OF_DENSE[self.device.type] * simulation.all_dense
         goes_on = config.adapter.init_from is not None and config.has_reference
         has_start = goes_on or config.adapter.init_weights == "pissa"
         start = simulation.adapter if has_start else 0  # a frozen copy
@@ -170,6 +174,7 @@ class Simulation:
         adapter: bytes of the weights that are trained.
         sizes: how many values each of them has.
         dense: bytes of the largest weight that can be quantized: it is dense in its product.
+        all_dense: bytes of all of them.
         blocks: how many there are.
     """
 
@@ -179,7 +184,7 @@ class Simulation:
         self.adapter, self.sizes = size_of(trained), [p.numel() for p in trained]
         linear = quantizable(self.model)
         self._shapes = [weight.shape for weight in linear]
-        self._linear, self._frozen = size_of(linear), size_of(frozen(self.model))
+        self.all_dense, self._frozen = size_of(linear), size_of(frozen(self.model))
         self.dense = max((size_of([weight]) for weight in linear), default=0)
         self.trained_blocks, self.other_blocks = adapted_blocks(self.model)
         self._mode = without_numbers(self.model)
@@ -195,7 +200,7 @@ class Simulation:
         if config.quantization is None:
             return self._frozen
         packed = sum(packed_bytes(shape, config) for shape in self._shapes)
-        return self._frozen - self._linear + packed
+        return self._frozen - self.all_dense + packed
 
     def activations(self, tree: Tree, backend: str) -> Activations:
         """Those of a micro-batch.

@@ -162,7 +162,8 @@ def require_dense_for_dora(model: PreTrainedModel) -> None:
 
 
 def hold_packed(model: PreTrainedModel) -> None:
-    """Put a `QuantizedLinear` in the place of each of bitsandbytes' layers."""
+    """Put a `QuantizedLinear` in the place of each of bitsandbytes' layers, and let go of the files
+    that they were made from."""
     if not getattr(model, "is_quantized", False):
         return
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -171,3 +172,7 @@ def hold_packed(model: PreTrainedModel) -> None:
         if isinstance(layer, Linear4bit | Linear8bitLt):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, QuantizedLinear(layer, model.dtype))
+    # In main memory the other weights are views of the mapped files, which stay mapped for them.
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.is_floating_point():
+            weight.data = weight.data.clone()
