@@ -1,7 +1,9 @@
 """The adapter's folder: PEFT's files, tokenizer and template, and how its prompts are made."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,25 @@ from stemtune.rundir import write_text
 
 HUB_NAMES = {smollm2.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LOCAL_KEYS = ("is_local", "local_files_only")
+CARD = "README.md"
+CACHED = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+")
+
+
+def shared_name(base: str) -> str:
+    """What a base is called elsewhere: its name on the Hub, or where it has none, that of its
+    folder or file, without where it lies."""
+    if base in HUB_NAMES:
+        return HUB_NAMES[base]
+    path = Path(base)
+    if not path.is_absolute():
+        return base
+    cached = CACHED.fullmatch(path.as_posix())
+    return f"{cached[1]}/{cached[2]}" if cached else path.name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a `shared_name` is that of a repository of the Hub."""
+    return name.count("/") == 1
 
 
 def save_adapter(
@@ -26,12 +47,12 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write the folder whole, or leave the one that is there.
 
     Args:
-        files: more texts to put into it, by name.
+        files: what else to put into it, by name: the model card, for one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -49,12 +70,16 @@ def save_adapter(
         "template": config.data.template,
         "max_length": config.data.max_length,
         "window": _window(config),
-        "memories": config.data.memories and config.data.memories.model_dump(),
+        # They themselves are among `files`.
+        "memories": config.data.memories and {**config.data.memories.model_dump(), "path": None},
     }
-    for name, text in (files or {}).items():
-        write_text(temporary / name, text)
+    (temporary / CARD).unlink(missing_ok=True)  # PEFT's says nothing, and names a folder of ours
+    for name, content in (files or {}).items():
+        if isinstance(content, str):
+            write_text(temporary / name, content)
+        else:
+            (temporary / name).write_bytes(content)
     write_text(temporary / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False))
-    write_text(temporary / "README.md", _card(config))
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -104,20 +129,3 @@ def load_adapter(
     model = load_onto(base, folder)
     model.eval()
     return model, tokenizer, prompt
-
-
-def _card(config: Config) -> str:
-    base = HUB_NAMES.get(config.model.base, Path(config.model.base).name)
-    adapter, train = config.adapter, config.train
-    objectives = " and ".join(one.type for one in config.objective)
-    return f"""---
-library_name: peft
-tags: [lora, stemtune]
----
-
-# A LoRA adapter for {base}
-
-Trained by stemtune: {objectives}, r={adapter.r}, alpha={adapter.alpha},
-dropout={adapter.dropout}, learning rate {train.learning_rate}, batch size {train.batch_size},
-sequences of up to {config.data.max_length} tokens, template: {config.data.template}.
-"""
