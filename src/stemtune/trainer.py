@@ -50,8 +50,9 @@ from stemtune.model.load import (
 )
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
+from stemtune.model.names import CARD
 from stemtune.model.quantized import require_bitsandbytes
-from stemtune.model.save import CARD, save_adapter
+from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
 from stemtune.network import first_line
 from stemtune.objectives import Objective, Term, Totals, terms_of

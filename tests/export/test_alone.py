@@ -1,8 +1,6 @@
 """What a run leaves is loaded by transformers and PEFT alone, and gives the same numbers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from stemtune.export.hub import push
 from stemtune.export.merge import merge
 from stemtune.model.save import load_adapter
 from tests.fakehub import run_python, serve
-from tests.pushhub import push_hub
+from tests.pushhub import OLD_WAYS, push_hub
 from tests.runs import IGNORED, dialogue_rows, make_config, write_run_file
 from tests.trees import largest_error
 
-pytestmark = IGNORED
+pytestmark = [*IGNORED, OLD_WAYS]
 IDS = [[5, 9, 11, 200, 3, 77, 21]]
 # stemtune can't be imported: who tries ends.
 CODE = """
@@ -27,14 +25,25 @@ import sys
 sys.modules["stemtune"] = None
 import json, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter, merged = sys.argv[1:]
-ids = torch.tensor(json.loads(sys.stdin.read()))
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter, merged, examples = {given}
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+told = {{}}
 with torch.no_grad():
-    adapted = PeftModel.from_pretrained(model, adapter).eval()(input_ids=ids).logits
-    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
-print(json.dumps([adapted.tolist(), whole.tolist()]))
+    ids = torch.tensor({ids})
+    for name in (adapter, "me/socrates"):
+        model = PeftModel.from_pretrained(load(base), name).eval()
+        told[name] = model(input_ids=ids).logits.tolist()
+    told[merged] = load(merged)(input_ids=ids).logits.tolist()
+told["template"] = AutoTokenizer.from_pretrained("me/socrates").chat_template
+print(json.dumps(told))
+for example in examples:
+    torch.manual_seed(0)
+    print("-- example")
+    exec(example)
 """
 
 
@@ -60,24 +69,42 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return run
 
 
-def test_transformers_and_peft_alone(run: Path, base: Path) -> None:
-    folders = [str(folder) for folder in (base, run / "adapter", run / "merged")]
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *folders],
-        input=json.dumps(IDS),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def example(folder: Path, base: Path) -> str:
+    """That of a card as somebody would paste it, with the paths filled in."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path/to/this", str(folder)).replace("path/to/tiny", str(base))
+    assert "path/to" not in code and '"content": "Speak."' in code
+    return code
+
+
+def test_transformers_and_peft_alone(
+    tmp_path: Path, run: Path, base: Path, httpserver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapter and merged model, the adapter as it comes down again after a push, and what the
+    cards say how to use them: all in one process, since torch takes its time."""
+    with push_hub(httpserver, monkeypatch) as hub:
+        push(run, "me/socrates")
+        files = hub.files("me/socrates")
+    adapter, merged = run / "adapter", run / "merged"
+    examples = [example(folder, base) for folder in (adapter, merged)]
+    given = (str(base), str(adapter), str(merged), examples)
+    with serve({"me/socrates": files}) as endpoint:
+        code = CODE.format(given=repr(given), ids=IDS)
+        done = run_python(code, tmp_path, HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stderr
-    found = [torch.tensor(logits) for logits in json.loads(done.stdout)]
-    model, _, _ = load_adapter(run / "adapter", "cpu")
+    numbers, *replies = done.stdout.split("-- example\n")
+    assert len(replies) == 2 and all(reply.strip() for reply in replies)
+    found = json.loads(numbers)
+    assert found.pop("template") == AutoTokenizer.from_pretrained(base).chat_template
+    model, _, _ = load_adapter(adapter, "cpu")
     with torch.no_grad():
         expected = model(input_ids=torch.tensor(IDS)).logits
         with model.disable_adapter():
             untrained = model(input_ids=torch.tensor(IDS)).logits
-    for logits in found:
-        assert largest_error(logits, expected) < 1e-5
+    assert len(found) == 3
+    for logits in found.values():
+        assert largest_error(torch.tensor(logits), expected) < 1e-5
     assert largest_error(untrained, expected) > 0.05
 
 
@@ -89,21 +116,6 @@ def test_what_ends_an_answer(run: Path, base: Path, folder: str) -> None:
     turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(config.eos_token_id) == {7, turn_end} and turn_end != 7
     assert (config.pad_token_id, config.do_sample, config.temperature) == (8, True, 0.6)
-
-
-@pytest.mark.parametrize("folder", ["adapter", "merged"])
-def test_the_example_of_the_card(run: Path, base: Path, folder: str) -> None:
-    """As somebody would paste it, with the paths filled in."""
-    card = (run / folder / "README.md").read_text(encoding="utf-8")
-    code = card.partition("```python\n")[2].partition("```")[0]
-    code = code.replace("path/to/this", str(run / folder)).replace("path/to/tiny", str(base))
-    assert "path/to" not in code and '"content": "Speak."' in code
-    blocked = 'import sys\nsys.modules["stemtune"] = None\nimport torch\ntorch.manual_seed(0)\n'
-    done = subprocess.run(
-        [sys.executable, "-c", blocked + code], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
 
 
 def test_the_folder_tells_what_others_need(run: Path, base: Path) -> None:
@@ -127,33 +139,6 @@ def test_the_folder_tells_what_others_need(run: Path, base: Path) -> None:
         for path in place.iterdir():
             told = str(base.parent) in path.read_bytes().decode(errors="replace")
             assert told == (path.name in local), path
-
-
-def test_a_pushed_adapter_comes_down_again(
-    tmp_path: Path, run: Path, base: Path, httpserver: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with push_hub(httpserver, monkeypatch) as hub:
-        push(run, "me/socrates")
-        files = hub.files("me/socrates")
-    code = f"""
-import sys
-sys.modules["stemtune"] = None
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(base)!r}, dtype=torch.float32)
-model = PeftModel.from_pretrained(model, "me/socrates")
-tokenizer = AutoTokenizer.from_pretrained("me/socrates")
-print(tokenizer.chat_template is not None, float(model(torch.tensor({IDS})).logits.sum()))
-"""
-    with serve({"me/socrates": files}) as endpoint:
-        done = run_python(code, tmp_path, HF_ENDPOINT=endpoint)
-    assert done.returncode == 0, done.stderr
-    model, _, _ = load_adapter(run / "adapter", "cpu")
-    with torch.no_grad():
-        expected = float(model(input_ids=torch.tensor(IDS)).logits.sum())
-    has_template, found = done.stdout.split()
-    assert has_template == "True" and float(found) == pytest.approx(expected, abs=1e-2)
 
 
 def test_memories_of_a_file_travel_without_its_path(tmp_path: Path, base: Path) -> None:

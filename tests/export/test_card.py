@@ -1,7 +1,9 @@
 """Model cards: word by word, and that they name nothing of this machine."""
 
 import io
+import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,8 +177,13 @@ def test_plain_text_has_no_chat() -> None:
 
 
 def test_the_python_in_it_is_python() -> None:
-    for card in (adapter_card(known()), merged_card(adapter_card(known()), {"system": "'\"\\\n"})):
-        compile(card.partition("```python\n")[2].partition("```")[0], "card", "exec")
+    for system in (CONFIG.data.system, "'\"\\\n"):
+        data = CONFIG.data.model_copy(update={"system": system})
+        card = adapter_card(known(changed(data=data)))
+        for text in (card, merged_card(card, {"system": system})):
+            fence, code = re.findall(r"^(`+)python\n(.*?)^\1$", text, re.MULTILINE | re.DOTALL)[0]
+            assert f'"content": {json.dumps(system)}' in code and len(fence) >= 3
+            compile(code, "card", "exec")
 
 
 @pytest.mark.parametrize("card", ["", "# Mine\n\nBy hand.\n", "---\nlicense: mit\n---\n# Mine\n"])
@@ -209,11 +216,12 @@ def test_a_curve_falls_where_its_values_fall() -> None:
     told = [{"step": n, "loss": 10.0 - n} for n in range(10)]
     image = Image.open(io.BytesIO(pictures(told)["loss.png"])).convert("RGB")
     rows = []
-    for x in range(150, 1200, 100):
-        column = [y for y in range(80, 440) if image.getpixel((x, y)) == (0x7A, 0xA7, 0xD9)]
-        rows.append(sum(column) / len(column))
+    for x in range(150, 1100, 100):
+        # Blue is above red in it by more than in all else that is drawn.
+        column = [image.getpixel((x, y)) for y in range(80, 440)]
+        rows.append(max(range(360), key=lambda y: column[y][2] - column[y][0]))
     steps = [b - a for a, b in pairwise(rows)]
-    assert min(steps) > 0 and max(steps) - min(steps) < 4  # a straight line
+    assert min(steps) > 0 and max(steps) - min(steps) < 6  # a straight line
 
 
 def test_no_picture_of_too_little() -> None:

@@ -5,19 +5,21 @@ import logging
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from huggingface_hub import constants
 from pytest_httpserver import HTTPServer
 
 import stemtune as st
+from stemtune import network
 from stemtune.errors import ConfigError, StemtuneError
 from stemtune.export.hub import files_to_push, login, push, push_folder
 from tests.cli.command import stemtune_here
-from tests.pushhub import TOKEN, PushHub, push_hub
+from tests.pushhub import OLD_WAYS, TOKEN, PushHub, push_hub
 from tests.runs import IGNORED, make_config, run_info, write_run_file
 
-pytestmark = IGNORED
+pytestmark = [*IGNORED, OLD_WAYS]
 NAME = "me/hamlet"
 CARD = "---\nlicense: apache-2.0\nbase_model: someone/tiny\n---\n\n# Hamlet\n"
 WEIGHTS = bytes(range(256)) * 400
@@ -63,7 +65,8 @@ PUSHED = {
 
 
 def refused(run: Path, name: str = NAME, **options: Any) -> StemtuneError:
-    with pytest.raises(StemtuneError) as found:
+    """A push that fails, with no patience."""
+    with patch.object(network, "TRYING", -1), pytest.raises(StemtuneError) as found:
         push(run, name, **options)
     assert TOKEN not in str(found.value) and found.value.hint
     return found.value
@@ -89,6 +92,14 @@ def test_names_of_folders_stay_here(hub: PushHub, run: Path) -> None:
     assert json.loads(files["stemtune.json"]) == {"model": {"base": "tiny"}, "system": "Speak."}
     local = json.loads((run / "adapter/stemtune.json").read_text())
     assert local["model"]["base"] == "/home/somebody/models/tiny"
+
+
+def test_our_own_name_of_a_base_stays(run: Path) -> None:
+    path = run / "adapter/stemtune.json"
+    path.write_text(json.dumps({"model": {"base": "smollm2"}}))
+    found = {upload.name: upload.content for upload in files_to_push(run / "adapter")}
+    content = found["stemtune.json"]
+    assert isinstance(content, bytes) and json.loads(content) == {"model": {"base": "smollm2"}}
 
 
 def test_a_base_in_the_cache_has_a_name(hub: PushHub, run: Path) -> None:
@@ -310,6 +321,11 @@ def test_a_token_in_a_file(hub: PushHub, run: Path, file: str) -> None:
     assert not hub.asked
 
 
+def test_a_damaged_adapter(run: Path) -> None:
+    (run / "adapter/stemtune.json").write_text("{")
+    assert refused(run).what == "this is not what a run wrote"
+
+
 # -- the command ------------------------------------------------------------------------------
 
 
@@ -379,6 +395,7 @@ def test_a_push_that_fails_is_no_failed_run(
     hub: PushHub, tmp_path: Path, tiny_base: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.faults = {"/repos/create": [fault]}
+    monkeypatch.setattr(network, "TRYING", -1)
     if fault == "interrupt":
 
         def interrupt(*_arguments: object, **_options: object) -> None:
@@ -394,8 +411,6 @@ def test_a_push_that_fails_is_no_failed_run(
     said = [line for line in done.err.splitlines() if line.startswith("warning: ")]
     assert said[-2].startswith("warning: the run is done, but not pushed: ")
     assert said[-1] == f"warning: to push it: {command}"
-    hub.faults = {}
-    monkeypatch.undo()
 
 
 def test_from_python(hub: PushHub, tmp_path: Path, tiny_base: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stemtune.cli.common import Json, err, log_to_stderr, out, run_folder
+from stemtune.cli.common import Json, err, log_to_stderr, run_folder
 
 Patterns = list[str] | None
 
@@ -46,7 +46,7 @@ def push(
             print(json.dumps({"files": files}))
             return
         for upload in uploads:
-            out.print(f"{hub.shown_size(upload.size):>12}  {upload.name}", markup=False)
+            print(f"{hub.shown_size(upload.size):>12}  {upload.name}")
         total = hub.shown_size(sum(upload.size for upload in uploads))
         err.print(f"{len(uploads)} files, {total}; nothing was sent")
         return

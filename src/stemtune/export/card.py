@@ -12,8 +12,8 @@ import yaml
 
 from stemtune.config import Adapter, AnyObjective, Config
 from stemtune.export.curves import curves
-from stemtune.export.usage import USE, adapter_usage, merged_usage
-from stemtune.model.save import is_hub_name, shared_name
+from stemtune.export.usage import USE, adapter_usage, fenced, merged_usage
+from stemtune.model.names import is_hub_name, shared_name
 from stemtune.redact import redacted
 
 Metrics = dict[str, Any]
@@ -140,7 +140,8 @@ def _character(config: Config) -> str:
     if data.system:
         parts.append(
             "It was trained with this system prompt (`system` in `stemtune.json`) before every "
-            f"conversation that has none of its own, and expects it:\n\n{_fenced(data.system)}"
+            "conversation that has none of its own, and expects it:\n\n"
+            f"{fenced(data.system, 'text')}"
         )
     if data.memories is not None:
         book = data.memories
@@ -150,7 +151,7 @@ def _character(config: Config) -> str:
         parts.append(
             f"`memories.jsonl` holds memories, one a line. In training, up to {book.count} that "
             f"are most like the question (by {by}) stood {where}, as `stemtune chat` puts them:\n\n"
-            f"{_fenced(book.template)}"
+            f"{fenced(book.template, 'text')}"
         )
     return "\n\n".join(["## The character", *parts]) if parts else ""
 
@@ -158,8 +159,8 @@ def _character(config: Config) -> str:
 def _training(known: Known) -> str:
     config, versions = known.config, known.info.get("versions", {})
     train, data = config.train, config.data
-    steps = f"{known.info.get('steps', train.max_steps)} of {train.batch_size} records"
-    steps += f" ({train.num_train_epochs:g} epochs)" if train.max_steps is None else ""
+    steps = f"{known.info.get('steps', train.max_steps)}, each of {train.batch_size} records"
+    steps += f"; {train.num_train_epochs:g} epochs" if train.max_steps is None else ""
     rate, warm = f"{train.learning_rate:g}, {train.lr_scheduler_type}", f"{train.warmup_ratio:.0%}"
     limit = f"gradients up to {train.max_grad_norm:g}" if train.max_grad_norm else ""
     decay = f"weight decay {train.weight_decay:g}" if train.weight_decay else ""
@@ -289,13 +290,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _fenced(text: str) -> str:
-    """As it is, whatever it holds."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _listed(names: list[str]) -> str:

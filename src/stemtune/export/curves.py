@@ -87,7 +87,7 @@ def draw(title: str, shown: Seq[Curve]) -> bytes:
         for x, y in spots if len(spots) < 30 else ():
             box = [SMOOTH * value for value in (x - 5, y - 5, x + 5, y + 5)]
             pen.ellipse(box, fill=curve.colour)
-    image = lines.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+    image = lines.reduce(SMOOTH)
     pen = ImageDraw.Draw(image)
     _write_head(pen, title, shown)
     for x in xs:
@@ -97,7 +97,7 @@ def draw(title: str, shown: Seq[Curve]) -> bytes:
         across, up = at(xs[0], y)
         pen.text((across - 16, up), f"{y:g}", fill=INK, font=FONT, anchor="rm")
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+    image.save(file, "PNG")
     return file.getvalue()
 
 

@@ -12,10 +12,11 @@ import shlex
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -26,8 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from stemtune.errors import ConfigError, ModelError, StemtuneError
-from stemtune.model.adapter import PROMPT_FILE
-from stemtune.model.save import CARD, shared_name
+from stemtune.model.names import CARD, PROMPT_FILE, shared_name
 from stemtune.network import first_line, http_error, is_offline, network_error, retried
 from stemtune.redact import holds_token, redacted
 
@@ -138,14 +138,17 @@ def _shareable(path: Path) -> bytes | Path:
     """A file, or its content with a base called as others know it."""
     if path.name not in ("adapter_config.json", PROMPT_FILE):
         return path
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if path.name == PROMPT_FILE:
-        values["model"]["base"] = shared_name(values["model"]["base"])
-        memories = values.get("memories") or {}
-        if "by" in memories:  # an embedding model, perhaps in a folder
-            memories["by"] = shared_name(memories["by"])
-    elif values.get("base_model_name_or_path"):
-        values["base_model_name_or_path"] = shared_name(values["base_model_name_or_path"])
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        named = [(values, "base_model_name_or_path")]
+        if path.name == PROMPT_FILE:
+            named = [(values["model"], "base"), (values.get("memories") or {}, "by")]
+    except (ValueError, KeyError, TypeError):
+        hint = "the adapter is damaged: take a copy, or train it again"
+        raise ConfigError("this is not what a run wrote", where=str(path), hint=hint) from None
+    for section, key in named:
+        if Path(section.get(key) or "").is_absolute():
+            section[key] = shared_name(section[key])
     return json.dumps(values, indent=1, ensure_ascii=False).encode()
 
 
@@ -278,19 +281,27 @@ def _commit(
     create_pr: bool,
 ) -> str:
     additions = [upload.addition() for upload in uploads]
-    at = {"revision": revision, "create_pr": create_pr}
+
+    def send(one: CommitOperationAdd) -> None:
+        api.preupload_lfs_files(
+            repo_id, [one], revision=revision, create_pr=create_pr, free_memory=False
+        )
+
+    def commit() -> CommitInfo:
+        nonlocal additions
+        try:
+            return api.create_commit(
+                repo_id, additions, commit_message=message, revision=revision, create_pr=create_pr
+            )
+        except Exception:
+            # It may be the answer that was lost: new ones ask what is there before they are sent.
+            additions = [upload.addition() for upload in uploads]
+            raise
+
     for upload, addition in zip(uploads, additions, strict=True):
         if upload.size > LARGE:
-            _tried(
-                lambda one=addition: api.preupload_lfs_files(
-                    repo_id, [one], free_memory=False, **at
-                )
-            )
+            _tried(partial(send, addition))
             log.info("uploaded %s (%s)", upload.name, shown_size(upload.size))
-
-    def commit():
-        return api.create_commit(repo_id, additions, commit_message=message, **at)
-
     # Sent again after an answer that was lost, a second pull request would be opened.
     made = commit() if create_pr else _tried(commit)
     _verify(api, repo_id, uploads, made.oid)
@@ -331,7 +342,10 @@ def _explained(repo_id: str, error: BaseException) -> ModelError:
     """One line for a person."""
     status = http_error(error)
     again = "push again later: what arrived is not sent twice"
-    if isinstance(error, RevisionNotFoundError):
+    if "Invalid metadata" in str(error):
+        problems = [line.lstrip("- ") for line in str(error).splitlines()[1:]]
+        what, hint = f"the Hub refuses the card: {'; '.join(problems)}", f"correct {CARD}"
+    elif isinstance(error, RevisionNotFoundError):
         what, hint = "it has no such branch", "look at its page for one"
     elif status == 401 and not isinstance(error, RepositoryNotFoundError):
         what, hint = f"the Hub does not know the token of {login()} (401)", LOGIN
@@ -348,9 +362,6 @@ def _explained(repo_id: str, error: BaseException) -> ModelError:
         what, hint = f"the Hub answered {status}", again
     elif network_error(error) is not None:
         what, hint = "the Hub can't be reached", f"is the network there? Then {again}"
-    elif "Invalid metadata" in str(error):
-        problems = [line.lstrip("- ") for line in str(error).splitlines()[1:]]
-        what, hint = f"the Hub refuses the card: {'; '.join(problems)}", f"correct {CARD}"
     else:
         what, hint = f"can't push: {first_line(error)}", again
     said = _server_message(error)

@@ -18,11 +18,11 @@ from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.export import weights
 from stemtune.export.card import merged_card
-from stemtune.model.adapter import PROMPT_FILE, adapter_folder, load_onto
+from stemtune.model.adapter import adapter_folder, load_onto
 from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
+from stemtune.model.names import CARD, PROMPT_FILE
 from stemtune.model.quantized import comes_quantized, rounded
-from stemtune.model.save import CARD
 from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)

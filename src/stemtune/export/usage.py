@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stemtune.config import Config
-from stemtune.model.save import is_hub_name
+from stemtune.model.names import is_hub_name
 from stemtune.model.serving import llama_cpp_takes, vllm_rank
 
 USE = "## How to use it"
@@ -69,8 +69,8 @@ tokenizer = AutoTokenizer.from_pretrained(model)
 model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
 
 {_reply(prompt)}"""
-    python = f"### transformers\n\n```python\n{code}\n```"
-    return "\n\n".join([USE, python, _shell("vLLM", f"vllm serve {HERE}")])
+    python = fenced(code, "python")
+    return "\n\n".join([USE, "### transformers", python, _shell("vLLM", f"vllm serve {HERE}")])
 
 
 def _transformers(here: str, prompt: dict[str, Any], base: str, revision: str | None) -> str:
@@ -86,7 +86,7 @@ model.generation_config = GenerationConfig.from_pretrained(adapter)
 model = PeftModel.from_pretrained(model, adapter)
 
 {_reply(prompt)}"""
-    return f"### transformers and PEFT\n\n```python\n{code}\n```"
+    return f"### transformers and PEFT\n\n{fenced(code, 'python')}"
 
 
 def _reply(prompt: dict[str, Any]) -> str:
@@ -111,4 +111,11 @@ print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_to
 
 
 def _shell(title: str, commands: str) -> str:
-    return f"### {title}\n\n```sh\n{commands}\n```"
+    return f"### {title}\n\n{fenced(commands, 'sh')}"
+
+
+def fenced(text: str, language: str) -> str:
+    """A text in Markdown as it is, whatever it holds."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,7 +1,6 @@
 """The adapter's folder: PEFT's files, tokenizer and template, and how its prompts are made."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,33 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
-from stemtune.model import smollm2
-from stemtune.model.adapter import PROMPT_FILE, load_onto
+from stemtune.model.adapter import load_onto
 from stemtune.model.load import load_model
+from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
 from stemtune.rundir import write_text
 
-HUB_NAMES = {smollm2.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LOCAL_KEYS = ("is_local", "local_files_only")
-CARD = "README.md"
-CACHED = re.compile(r".*/models--([^/]+)--([^/]+)/snapshots/[^/]+")
-
-
-def shared_name(base: str) -> str:
-    """What a base is called elsewhere: its name on the Hub, or where it has none, that of its
-    folder or file, without where it lies."""
-    if base in HUB_NAMES:
-        return HUB_NAMES[base]
-    path = Path(base)
-    if not path.is_absolute():
-        return base
-    cached = CACHED.fullmatch(path.as_posix())
-    return f"{cached[1]}/{cached[2]}" if cached else path.name
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a `shared_name` is that of a repository of the Hub."""
-    return name.count("/") == 1
 
 
 def save_adapter(
