@@ -147,11 +147,12 @@ def test_before_a_run() -> None:
 )
 def test_engines_that_take_it(adapter: dict[str, Any], rank: int | None) -> None:
     card = adapter_card(known(changed(adapter=Adapter(**adapter))))
-    assert ("vllm serve" in card) == (rank is not None)
+    assert ("--enable-lora" in card) == (rank is not None)
     assert (f"--max-lora-rank {rank} " in card) == (rank is not None)
-    merged = "use_dora" in adapter or "modules_to_save" in adapter
-    assert ("stemtune export dane" in card) == (not merged)
-    assert ("stemtune merge dane" in card) == merged
+    assert ("vllm serve dane-merged" in card) == (rank is None)
+    assert "stemtune export gguf dane" in card  # of which it makes whole models, too
+    refused = "use_dora" in adapter or "modules_to_save" in adapter
+    assert ("--adapter-only" in card) != refused
 
 
 def test_a_converted_base_is_named_as_such() -> None:
@@ -167,6 +168,12 @@ def test_preferences() -> None:
     card = adapter_card(Known(config, INFO, told, 20))
     assert "dpo (beta 0.2); sft (weight 0.5)" in card
     assert "| rewards accuracy | – | 0.75 |" in card and "loss/rows" not in card
+
+
+def test_nothing_shared() -> None:
+    sizes = {"tokens": 300, "distinct_tokens": 300, "seconds": 1.0}
+    card = adapter_card(Known(CONFIG, INFO, [{"step": 1, "loss": 1.0, **sizes}], 1))
+    assert "300 tokens of training; no two answers shared any. 1 steps took 1 seconds" in card
 
 
 def test_plain_text_has_no_chat() -> None:

@@ -265,6 +265,18 @@ def test_what_arrived_is_not_sent_twice(hub: PushHub, run: Path) -> None:
     assert set(hub.files(NAME)) == PUSHED
 
 
+def test_large_files_are_sent_one_by_one(
+    hub: PushHub, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("stemtune.export.hub.LARGE", 1000)
+    hub.faults = {LARGE: ["cut"], COMMIT: ["lost"]}
+    with caplog.at_level(logging.INFO, "stemtune"):
+        push(run, NAME)
+    assert "uploaded adapter_model.safetensors (102.4 kB)" in caplog.messages
+    assert len([asked for asked in hub.asked if asked.startswith("PUT")]) == 1
+    assert set(hub.files(NAME)) == PUSHED and len(hub.repos[NAME].commits) == 2
+
+
 def test_other_bytes_than_were_sent(hub: PushHub, run: Path) -> None:
     push(run, NAME)
     path = digest_path(hub)

@@ -47,8 +47,7 @@ def push(
             return
         for upload in uploads:
             print(f"{hub.shown_size(upload.size):>12}  {upload.name}")
-        total = hub.shown_size(sum(upload.size for upload in uploads))
-        err.print(f"{len(uploads)} files, {total}; nothing was sent")
+        err.print(f"{hub.shown_files(uploads)}; nothing was sent")
         return
     url = hub.push(
         run,

@@ -159,15 +159,16 @@ def _character(config: Config) -> str:
 def _training(known: Known) -> str:
     config, versions = known.config, known.info.get("versions", {})
     train, data = config.train, config.data
-    steps = f"{known.info.get('steps', train.max_steps)}, each of {train.batch_size} records"
-    steps += f"; {train.num_train_epochs:g} epochs" if train.max_steps is None else ""
+    steps = str(known.info.get("steps", ""))
+    steps += f" ({train.num_train_epochs:g} epochs)" if train.max_steps is None else ""
     rate, warm = f"{train.learning_rate:g}, {train.lr_scheduler_type}", f"{train.warmup_ratio:.0%}"
     limit = f"gradients up to {train.max_grad_norm:g}" if train.max_grad_norm else ""
     decay = f"weight decay {train.weight_decay:g}" if train.weight_decay else ""
     rows = {
         "objective": "; ".join(_objective(one) for one in config.objective),
         **_lora(config.adapter),
-        "steps": steps,
+        "batch size": f"{train.batch_size:,}",
+        "steps": steps.strip(),
         "this adapter": f"the weights of step {known.step}",
         "learning rate": f"{rate}, {warm} warm-up",
         "optimizer": ", ".join(part for part in (train.optimizer, decay, limit) if part),
@@ -264,13 +265,16 @@ def _sharing(known: Known) -> str:
     total, distinct, seconds = (
         sum(line[name] for line in steps) for name in ("tokens", "distinct_tokens", "seconds")
     )
-    return (
-        "## What was computed\n\n"
+    shared = (
         f"{total:,} tokens of training, of which {distinct:,} went through the model: "
         f"{total / distinct:.2f} times fewer, since what several answers of a step share was "
-        f"computed once. {len(steps):,} steps took {_duration(seconds)} on "
-        f"{known.config.model.device}."
+        "computed once."
     )
+    told = (
+        shared if distinct < total else f"{total:,} tokens of training; no two answers shared any."
+    )
+    took = f"{len(steps):,} steps took {_duration(seconds)} on {known.config.model.device}."
+    return f"## What was computed\n\n{told} {took}"
 
 
 def _licence(config: Config) -> str:

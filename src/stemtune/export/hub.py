@@ -238,11 +238,9 @@ def push(
     folder = push_folder(run)
     uploads = files_to_push(folder, include, exclude)
     name = account()
-    size = sum(upload.size for upload in uploads)
     log.info(
-        "pushing %d files (%s) to %s at %s, as %s",
-        len(uploads),
-        shown_size(size),
+        "pushing %s to %s at %s, as %s",
+        shown_files(uploads),
         repo_id,
         constants.ENDPOINT,
         name,
@@ -381,6 +379,12 @@ def push_command(run: Path, repo_id: str, *, private: bool) -> str:
     """What to type to push it once more."""
     public = "" if private else " --public"
     return f"stemtune push {shlex.quote(str(run))} {repo_id}{public}"
+
+
+def shown_files(uploads: Seq[Upload]) -> str:
+    """How many, and how large."""
+    size = shown_size(sum(upload.size for upload in uploads))
+    return f"{len(uploads)} file{'' if len(uploads) == 1 else 's'} ({size})"
 
 
 def shown_size(size: int) -> str:

@@ -39,7 +39,10 @@ def _engines(config: Config, name: str, base: str, converted: bool) -> Iterator[
     yield _transformers(repository or HERE, prompt, base, revision)
     download = f"hf download {repository} --local-dir {name}\n" if repository else ""
     rank = vllm_rank(config.adapter)
-    if rank is not None:
+    if rank is None:  # it takes whole models alone
+        merged = f"{name}-merged"
+        yield _shell("vLLM", f"{download}stemtune merge {name} --to {merged}\nvllm serve {merged}")
+    else:
         at = f" --revision {revision}" if revision else ""
         template = f" --chat-template {name}/chat_template.jinja"
         yield _shell(
@@ -48,11 +51,11 @@ def _engines(config: Config, name: str, base: str, converted: bool) -> Iterator[
             f"  --lora-modules {name}={name} --max-lora-rank {rank} \\\n"
             f"  --generation-config {name}{'' if prompt['template'] == 'plain' else template}",
         )
+    export = f"{download}stemtune export gguf {name}  # base and adapter in one file"
     if llama_cpp_takes(config.adapter):
-        yield _shell("llama.cpp and Ollama: GGUF files", f"{download}stemtune export {name}")
-    else:
-        merge = f"stemtune merge {name} --to {name}-merged"
-        yield _shell("Other engines: merged into its base", f"{download}{merge}")
+        export += f"\nstemtune export gguf {name} --adapter-only  # for `llama-server --lora`"
+    yield _shell("llama.cpp and LM Studio", export)
+    yield _shell("Ollama", f"{download}stemtune export ollama {name} --to {name}-ollama")
 
 
 def merged_usage(prompt: dict[str, Any]) -> str:
