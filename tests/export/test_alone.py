@@ -1,5 +1,6 @@
 """What a run leaves is loaded by transformers and PEFT alone, and gives the same numbers."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from stemtune.export.merge import merge
 from stemtune.model.save import load_adapter
 from tests.fakehub import run_python, serve
 from tests.pushhub import OLD_WAYS, push_hub
-from tests.runs import IGNORED, dialogue_rows, make_config, write_run_file
+from tests.runs import IGNORED, dialogue_rows, make_config, run_info, write_run_file
 from tests.trees import largest_error
 
 pytestmark = [*IGNORED, OLD_WAYS]
@@ -139,6 +140,13 @@ def test_the_folder_tells_what_others_need(run: Path, base: Path) -> None:
         for path in place.iterdir():
             told = str(base.parent) in path.read_bytes().decode(errors="replace")
             assert told == (path.name in local), path
+
+
+def test_the_card_says_what_the_data_were(run: Path) -> None:
+    rows = run.parent / "rows.jsonl"
+    digest = hashlib.sha256(rows.read_bytes()).hexdigest()
+    assert run_info(run)["data"] == [{"file": "rows.jsonl", "sha256": digest, "rows": 20}]
+    assert f"| `rows.jsonl` | 20 | `{digest}` |" in (run / "adapter/README.md").read_text()
 
 
 def test_memories_of_a_file_travel_without_its_path(tmp_path: Path, base: Path) -> None:

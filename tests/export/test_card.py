@@ -15,6 +15,7 @@ from PIL import Image
 from stemtune.config import Adapter, Config, Data, Dpo, Memories, Model, Output, Sft, Source
 from stemtune.export.card import Known, adapter_card, merged_card
 from stemtune.export.curves import MOST, pictures, ticks
+from stemtune.resume import training_settings
 
 GOLDEN = Path(__file__).parent / "golden"
 HOME = "/home/somebody"
@@ -168,6 +169,11 @@ def test_preferences() -> None:
     card = adapter_card(Known(config, INFO, told, 20))
     assert "dpo (beta 0.2); sft (weight 0.5)" in card
     assert "| rewards accuracy | – | 0.75 |" in card and "loss/rows" not in card
+
+
+def test_a_licence_is_no_setting_of_training() -> None:
+    """It may be added, and the run goes on."""
+    assert "data.license" not in training_settings(CONFIG)
 
 
 def test_nothing_shared() -> None:

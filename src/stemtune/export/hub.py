@@ -237,14 +237,8 @@ def push(
         raise ConfigError(first_line(error), where=repr(repo_id), hint=hint) from None
     folder = push_folder(run)
     uploads = files_to_push(folder, include, exclude)
-    name = account()
-    log.info(
-        "pushing %s to %s at %s, as %s",
-        shown_files(uploads),
-        repo_id,
-        constants.ENDPOINT,
-        name,
-    )
+    log.info("pushing %s to %s at %s", shown_files(uploads), repo_id, constants.ENDPOINT)
+    log.info("logged in as %s", account())
     api = HfApi()
     try:
         if create:
