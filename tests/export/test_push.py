@@ -14,7 +14,8 @@ from pytest_httpserver import HTTPServer
 import stemtune as st
 from stemtune import network
 from stemtune.errors import ConfigError, StemtuneError
-from stemtune.export.hub import files_to_push, login, push, push_folder
+from stemtune.export.files import files_to_push, push_folder
+from stemtune.export.hub import login, push
 from tests.cli.command import stemtune_here
 from tests.pushhub import OLD_WAYS, TOKEN, PushHub, push_hub
 from tests.runs import IGNORED, make_config, run_info, write_run_file

@@ -34,20 +34,20 @@ def push(
 ) -> None:
     """Push to the Hub, privately unless told otherwise; log in by `hf auth login` or HF_TOKEN."""
     log_to_stderr()
-    from stemtune.export import hub
+    from stemtune.export import files, hub
 
     if run.suffix in (".yaml", ".yml"):
         run = run_folder(run)
     patterns = {"include": include or [], "exclude": exclude or []}
-    uploads = hub.files_to_push(hub.push_folder(run), **patterns)
-    files = [{"path": upload.name, "size": upload.size} for upload in uploads]
+    uploads = files.files_to_push(files.push_folder(run), **patterns)
+    told = [{"path": upload.name, "size": upload.size} for upload in uploads]
     if dry_run:
         if as_json:
-            print(json.dumps({"files": files}))
+            print(json.dumps({"files": told}))
             return
         for upload in uploads:
-            print(f"{hub.shown_size(upload.size):>12}  {upload.name}")
-        err.print(f"{hub.shown_files(uploads)}; nothing was sent")
+            print(f"{files.shown_size(upload.size):>12}  {upload.name}")
+        err.print(f"{files.shown_files(uploads)}; nothing was sent")
         return
     url = hub.push(
         run,
@@ -59,4 +59,4 @@ def push(
         create_pr=pr,
         **patterns,
     )
-    print(json.dumps({"url": url, "files": files}) if as_json else url)
+    print(json.dumps({"url": url, "files": told}) if as_json else url)

@@ -1,20 +1,18 @@
-"""A folder onto the Hub: what of it, under whose name, and whether it arrived as it lies here.
+"""A folder onto the Hub: under whose name, and whether it arrived as it lies here.
 
 The token is the Hub client's own business: it is in the environment, or where `hf auth login` put
 it, and never an argument.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shlex
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -24,145 +22,27 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from stemtune.errors import ConfigError, ModelError, StemtuneError
-from stemtune.model.names import CARD, PROMPT_FILE, shared_name
+from stemtune.export.files import (
+    MARKS,
+    Upload,
+    files_to_push,
+    push_folder,
+    shown_files,
+    shown_size,
+)
+from stemtune.model.names import CARD
 from stemtune.network import first_line, http_error, is_offline, network_error, retried
-from stemtune.redact import holds_token, redacted
+from stemtune.redact import redacted
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
-MARKS = ("adapter_config.json", "config.json")  # of an adapter, of a whole model
-NEVER = (  # of a run, but nothing that an adapter or a model consists of
-    "checkpoints/*",
-    "tensorboard/*",
-    "events.out.*",
-    "optimizer*",
-    "run.json",
-    "config.yaml",
-    "metrics.jsonl",
-    "log.txt",
-    "*.log",
-    "*.lock",
-    "*.tmp",
-)
-TEXTS = (".json", ".jsonl", ".jinja", ".md", ".txt", "")
 LARGE = 10_000_000  # bytes: such a file is sent by itself, and told
 TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LOGIN = "`hf auth login`, or set HF_TOKEN, with a token that may write"
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file as it is to be in the repository, and what it holds or where that lies."""
-
-    name: str
-    content: bytes | Path
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        content = self.content
-        return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-    def addition(self) -> CommitOperationAdd:
-        """For the Hub's client."""
-        content = self.content if isinstance(self.content, bytes) else str(self.content)
-        return CommitOperationAdd(self.name, content)
-
-    def is_the_same(self, there: RepoFile) -> bool:
-        """Whether a file of the Hub has this content, by the hash that it has there."""
-        if there.size != self.size:
-            return False
-        if there.lfs is None:
-            content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-            header = b"blob %d\0" % len(content)
-            git = hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
-            return git == there.blob_id
-        if isinstance(self.content, bytes):
-            return hashlib.sha256(self.content).hexdigest() == there.lfs.sha256
-        with self.content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
-
-
-# -- what is pushed ---------------------------------------------------------------------------
-
-
-def push_folder(run: Path) -> Path:
-    """What of a path is pushed: the adapter of a run, or the folder of an adapter, of a model, of
-    GGUF files; or one such file.
-
-    Raises:
-        ConfigError: it is nothing of that.
-    """
-    if run.is_file() and run.suffix == ".gguf":
-        return run
-    for folder in (run / "adapter", run):
-        if any((folder / name).is_file() for name in MARKS) or any(folder.glob("*.gguf")):
-            return folder
-    hint = "give the folder of a finished run, of an adapter or of a model, or a .gguf file"
-    raise ConfigError("there is nothing to push here", where=str(run), hint=hint)
-
-
-def files_to_push(folder: Path, include: Seq[str] = (), exclude: Seq[str] = ()) -> list[Upload]:
-    """The files of a folder (from `push_folder`) that belong to others as well: nothing hidden, no
-    links, nothing of a run's own, and without the names of folders on this machine.
-
-    Args:
-        include: patterns such as `*.safetensors`, one of which a file must match; all, if empty.
-        exclude: patterns of what is left out.
-
-    Raises:
-        ConfigError: nothing is left, or a file holds a token.
-    """
-    if folder.is_file():
-        return [Upload(folder.name, folder)]
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    names = [path.relative_to(folder).as_posix() for path in found]
-    kept = filter_repo_objects(
-        [name for name in names if not any(part.startswith(".") for part in name.split("/"))],
-        allow_patterns=list(include) or None,
-        ignore_patterns=[*NEVER, *exclude],
-    )
-    uploads = [Upload(name, _shareable(folder / name)) for name in kept]
-    if not uploads:
-        hint = "look at --include and --exclude"
-        raise ConfigError("no file is left to push", where=str(folder), hint=hint)
-    _refuse_tokens(uploads, folder)
-    return uploads
-
-
-def _shareable(path: Path) -> bytes | Path:
-    """A file, or its content with a base called as others know it."""
-    if path.name not in ("adapter_config.json", PROMPT_FILE):
-        return path
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        named = [(values, "base_model_name_or_path")]
-        if path.name == PROMPT_FILE:
-            named = [(values["model"], "base"), (values.get("memories") or {}, "by")]
-    except (ValueError, KeyError, TypeError):
-        hint = "the adapter is damaged: take a copy, or train it again"
-        raise ConfigError("this is not what a run wrote", where=str(path), hint=hint) from None
-    for section, key in named:
-        if Path(section.get(key) or "").is_absolute():
-            section[key] = shared_name(section[key])
-    return json.dumps(values, indent=1, ensure_ascii=False).encode()
-
-
-def _refuse_tokens(uploads: Seq[Upload], folder: Path) -> None:
-    for upload in uploads:
-        if Path(upload.name).suffix not in TEXTS:
-            continue
-        content = (
-            upload.content if isinstance(upload.content, bytes) else upload.content.read_bytes()
-        )
-        if holds_token(content.decode(errors="replace")):
-            hint = "take it out, or leave the file out by --exclude"
-            where = str(folder / upload.name)
-            raise ConfigError("this file holds a token of the Hub", where=where, hint=hint)
 
 
 # -- who pushes -------------------------------------------------------------------------------
@@ -373,17 +253,3 @@ def push_command(run: Path, repo_id: str, *, private: bool) -> str:
     """What to type to push it once more."""
     public = "" if private else " --public"
     return f"stemtune push {shlex.quote(str(run))} {repo_id}{public}"
-
-
-def shown_files(uploads: Seq[Upload]) -> str:
-    """How many, and how large."""
-    size = shown_size(sum(upload.size for upload in uploads))
-    return f"{len(uploads)} file{'' if len(uploads) == 1 else 's'} ({size})"
-
-
-def shown_size(size: int) -> str:
-    """Of some bytes."""
-    for unit, many in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= many:
-            return f"{size / many:.1f} {unit}"
-    return f"{size} bytes"
