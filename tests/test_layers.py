@@ -28,6 +28,10 @@ def imports(path: Path) -> set[str]:
         ("cache.py", set()),
         ("network.py", set()),
         ("data", {"data", "config", "errors", "tree", "cache", "network"}),
+        (
+            "export",
+            {"export", "model", "config", "errors", "redact", "network", "rundir"},
+        ),
         ("model", {"model", "config", "errors", "tree", "kernels", "rundir", "cache", "network"}),
     ],
 )

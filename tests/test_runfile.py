@@ -88,6 +88,7 @@ def test_defaults(write) -> None:
             "on_bad_row": "error",
             "allow_leaks": False,
             "batching": "dialogue",
+            "license": None,
         },
         "objective": {"weight": 1.0, "type": "sft"},
         "train": {
@@ -118,6 +119,9 @@ def test_defaults(write) -> None:
             "dir": "runs/stemtune",
             "on_existing": "refuse",
             "final_adapter": "best",
+            "push_to_hub": None,
+            "hub_private_repo": True,
+            "license": None,
         },
         "tracking": {"trackers": ["tensorboard"], "project": "stemtune"},
     }

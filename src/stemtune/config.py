@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 FIELD_PATH = re.compile(r"[^.\[\]]+(\[\d*\])*(\.[^.\[\]]+(\[\d*\])*)*")
 
 
@@ -290,6 +291,8 @@ class Data(Section):
     """Let evaluation data share dialogues, queries or near-duplicate answers with training data."""
     batching: Literal["dialogue", "record", "persona"] = "dialogue"
     """Which records share a step: those of a dialogue (or query), any, or those of a persona."""
+    license: str | None = None
+    """Under which licence the data are: it stands in the model card."""
 
     @field_validator("fields")
     @classmethod
@@ -574,6 +577,21 @@ class Output(Section):
     final_adapter: Literal["best", "last"] = "best"
     """Which adapter `adapter/` holds at the end: the best by eval loss, or the last. The other
     one, where it differs, is in `adapter-last/` or `adapter-best/`."""
+    push_to_hub: str | None = None
+    """Push `adapter/` to this repository of the Hub (`owner/name`) when the run is done. A push
+    that fails does not fail the run. The token is the Hub's own login, or in `HF_TOKEN`."""
+    hub_private_repo: bool = True
+    """Whether that repository is private. With true, one that is public already is left alone."""
+    license: str | None = None
+    """Under which licence the adapter is, by the Hub's name for it (`apache-2.0`, `cc-by-4.0`): it
+    stands in the model card."""
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_repository(cls, name: str | None) -> str | None:
+        if name is not None and not REPOSITORY.fullmatch(name):
+            raise ValueError("write the repository as owner/name")
+        return name
 
 
 class Tracking(Section):

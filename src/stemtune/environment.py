@@ -5,9 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from stemtune.cache import cache_folder
 from stemtune.data.parallel import cores
+from stemtune.export.hub import login
 from stemtune.model.load import choose_device, choose_dtype
 
 PACKAGES = "stemtune torch transformers peft accelerate tokenizers datasets trl gguf bitsandbytes"
@@ -33,6 +35,8 @@ def environment() -> dict[str, str | int | float]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "free_memory_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "cache": str(cache_folder()),
+        "hub": constants.ENDPOINT,
+        "hub_login": login() or "none",
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()

@@ -1,5 +1,6 @@
 """Replies, streamed: the prompt is rendered as in training, and the same tokens end an answer."""
 
+import copy
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
@@ -82,6 +83,19 @@ def stop_ids(base: Any, renderer: Renderer) -> list[int]:
     own: int | list[int] | None = base.generation_config.eos_token_id
     more = own if isinstance(own, list) else [] if own is None else [own]
     return sorted(renderer.stop_ids().union(more))
+
+
+def generation_config(base: Any, renderer: Renderer) -> str:
+    """The text of a `generation_config.json`: the base's own, sampling and all, with the tokens
+    that end a reply as it was trained."""
+    config, tokenizer = copy.deepcopy(base.generation_config), renderer.tokenizer
+    config.eos_token_id = stop_ids(base, renderer)
+    if config.pad_token_id is None:
+        pad: Any = tokenizer.pad_token_id
+        config.pad_token_id = renderer.eos if pad is None else pad
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
+    return str(config.to_json_string(keys_to_pop=["compile_config", "_from_model_config"]))
 
 
 def _without_opening(pieces: Iterator[str], opening: str) -> Iterator[str]:

@@ -41,27 +41,32 @@ def require_trackers(config: Tracking) -> None:
             raise ConfigError(what, where="tracking.trackers", hint=hint)
 
 
+def read_metrics(path: Path) -> list[Metrics]:
+    """All whole lines of a `metrics.jsonl`; none where there is no such file."""
+    if not path.exists():
+        return []
+    result: list[Metrics] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            result.append(json.loads(line))
+        except ValueError:  # the last line, cut by a crash
+            break
+    return result
+
+
 class MetricsFile:
     """`metrics.jsonl`: a line a step, and a line an evaluation."""
 
     def __init__(self, path: Path, after_step: int) -> None:
         """Lines past `after_step`, which a resumed run will write again, are dropped."""
         self.path = path
-        kept = [line for line in self.lines() if line["step"] <= after_step]
+        kept = [line for line in read_metrics(path) if line["step"] <= after_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(path, text if after_step else "")
 
     def lines(self) -> list[Metrics]:
-        """All whole lines of the file."""
-        if not self.path.exists():
-            return []
-        result: list[Metrics] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                result.append(json.loads(line))
-            except ValueError:  # the last line, cut by a crash
-                break
-        return result
+        """See `read_metrics`."""
+        return read_metrics(self.path)
 
     def sync(self) -> None:
         """Have the disk hold what was written."""

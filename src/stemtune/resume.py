@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 FREE = {
     "data.path",
     "data.eval_path",
+    "data.license",
     "adapter.init_from",  # its weights are compared
     "objective.reference",
     "model.base",  # its weights are compared, and the data by their ids

@@ -161,7 +161,8 @@ def _chained(configs: list[Config], names: list[str]) -> list[Config]:
             start = str(Path(result[-1].output.dir).absolute())
             adapter = adapter.model_copy(update={"init_from": start})
         if config is not configs[-1]:
-            output = output.model_copy(update={"dir": str(Path(output.dir) / "stages" / name)})
+            own = {"dir": str(Path(output.dir) / "stages" / name), "push_to_hub": None}
+            output = output.model_copy(update=own)
         result.append(config.model_copy(update={"adapter": adapter, "output": output}))
     return result
 
@@ -436,6 +437,8 @@ _ALIASES = {
     "model_name_or_path": "model.base",
     "base_model": "model.base",
     "output_dir": "output.dir",
+    "hub_model_id": "output.push_to_hub",
+    "hub_token": "`hf auth login` or HF_TOKEN: a token has no place in a run file",
     "dataset": "data.path",
     "val_size": "data.eval_fraction",
     "report_to": "tracking.trackers",

@@ -18,20 +18,32 @@ from stemtune import checkpoint, lower, reference
 from stemtune.config import Config
 from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, Prepared, prepare
+from stemtune.data.renderer import Renderer
 from stemtune.data.survey import Survey, survey
 from stemtune.data.templates import set_template
-from stemtune.errors import DivergedError, Interrupted
+from stemtune.errors import DivergedError, Interrupted, StemtuneError
+from stemtune.export.card import Known, adapter_card
+from stemtune.export.curves import pictures
+from stemtune.export.hub import login, push, push_command
 from stemtune.figures import held_out_figures, losses_by_record
+from stemtune.generate import generation_config
 from stemtune.guards import SpikeWatch, all_finite, is_finite, unreached
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
-from stemtune.metrics import ConsoleProgress, Metrics, MetricsFile, require_trackers
+from stemtune.metrics import (
+    ConsoleProgress,
+    Metrics,
+    MetricsFile,
+    read_metrics,
+    require_trackers,
+)
 from stemtune.model.adapter import add_adapter, require_adapter, trainable
 from stemtune.model.load import (
     base_source,
     choose_device,
     fingerprint,
     hashes_of,
+    is_converted,
     load_model,
     load_tokenizer,
     require_base,
@@ -39,9 +51,11 @@ from stemtune.model.load import (
 )
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
+from stemtune.model.names import CARD
 from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
+from stemtune.network import first_line
 from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.steps import plan_steps
@@ -61,6 +75,7 @@ from stemtune.saver import Saver, require_space
 from stemtune.score import Scorer
 from stemtune.setup import MemoryPlan, checked_backend, resolved
 from stemtune.step import Outcome, Step, StepRunner
+from stemtune.tree.logprobs import base_model
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -166,6 +181,7 @@ class Trainer:
         self.saver = Saver(self.folder.checkpoints, config.train)
         self.spikes = SpikeWatch()
         self._reach_is_known = False
+        self._held_step: int | None = None  # whose weights the model holds, if not the last one's
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
         self.start = require_adapter(config.adapter, config.model)
@@ -175,6 +191,8 @@ class Trainer:
             require_bitsandbytes("train.optimizer")
         for note in serving_notes(config.adapter):
             log.warning("serving this adapter: %s", note)
+        if config.output.push_to_hub and not login():
+            log.warning("output.push_to_hub: there is no login yet (`hf auth login`)")
         self.folder.claim(resume)
         try:
             with self.folder.phase("preparing data"):
@@ -307,6 +325,7 @@ class Trainer:
             peak = int(peak_memory(self.device) * 2**20) - self.memory["used"]
             self.folder.write(memory={**self.memory, "peak": peak})
             self.folder.write(phase="done", state="done")
+            self._push()
             return result
         finally:
             self.saver.close()
@@ -575,6 +594,7 @@ class Trainer:
                 with torch.no_grad():
                     for key, parameter in self.parameters.items():
                         parameter.copy_(tensors[key])
+                self._held_step = weights[name]
                 folder = "adapter" if name == wanted else f"adapter-{name}"
                 self.save_model(self.folder.path / folder)
         if self.runner.lower is not None:
@@ -586,10 +606,70 @@ class Trainer:
         return Result(self.folder.path, self.folder.path / "adapter", self.progress.metrics or {})
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the adapter as it is now, with tokenizer and template, in PEFT's format."""
-        memories = self.data.memories
-        files = {MEMORIES_FILE: memory_lines(memories)} if memories else {}
+        """Write the adapter as it is now, in PEFT's format, with tokenizer, template, the settings
+        of generation, and a model card."""
+        lines = read_metrics(self.folder.path / "metrics.jsonl")
+        step = self.progress.step if self._held_step is None else self._held_step
+        renderer = Renderer(self.tokenizer, self.config.data.template)
+        files: dict[str, str | bytes] = {
+            CARD: adapter_card(Known(self.resolved, self.folder.info, lines, step)),
+            **pictures(lines),
+            "generation_config.json": generation_config(base_model(self.model), renderer),
+        }
+        if self.data.memories:
+            files[MEMORIES_FILE] = memory_lines(self.data.memories)
         save_adapter(self.model, self.tokenizer, Path(folder), self.resolved, files)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        create: bool = True,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        include: Seq[str] = (),
+        exclude: Seq[str] = (),
+    ) -> str:
+        """Push `adapter/`, which `train` leaves, to a repository of the Hub.
+
+        Args:
+            repo_id, private, create, commit_message, revision, create_pr, include, exclude: as for
+                `stemtune.export.hub.push`.
+
+        Returns:
+            Its address.
+
+        Raises:
+            StemtuneError: see `stemtune.export.hub.push`.
+        """
+        return push(
+            self.folder.path / "adapter",
+            repo_id,
+            private=private,
+            create=create,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            include=include,
+            exclude=exclude,
+        )
+
+    def _push(self) -> None:
+        """As `output.push_to_hub` says. The run is done: a push that fails, or is interrupted, is
+        no failure of the run."""
+        output = self.config.output
+        if output.push_to_hub is None or not self.ranks.is_first:
+            return
+        private = output.hub_private_repo
+        try:
+            log.info("pushed: %s", self.push_to_hub(output.push_to_hub, private=private))
+        except (Exception, KeyboardInterrupt) as error:
+            again = push_command(self.folder.path, output.push_to_hub, private=private)
+            hint = f" ({error.hint})" if isinstance(error, StemtuneError) and error.hint else ""
+            log.warning("the run is done, but not pushed: %s%s", first_line(error), hint)
+            log.warning("to push it: %s", again)
 
     def _write_facts(self) -> None:
         """The resolved run file, and in `run.json` what the data gave."""
@@ -597,11 +677,13 @@ class Trainer:
         ledger = self.data.ledger
         self.folder.write(
             fingerprint=self.data.fingerprint,
+            data=self.data.train.survey.sources(),
             base={
                 "name": self.config.model.base,
                 "revision": self.resolved.model.revision,
                 "weights": self.base_fingerprint,
                 "files": hashes_of(self.config.model),
+                "converted": is_converted(self.config.model),
             },
             attention=self.scorer.backend,
             memory=self.memory,

@@ -174,7 +174,7 @@ def test_debug_shows_where_it_was_raised(folder: Path) -> None:
     (folder / "run.yaml").write_text("data: {path: x}\ndta: 1\n")
     for arguments in (["--debug", "check", "run.yaml"], ["check", "run.yaml", "--debug"]):
         outcome = stemtune(*arguments, cwd=folder, without=HEAVY)
-        assert outcome.code == 1
+        assert outcome.code == 2
         assert outcome.err.startswith("Traceback") and "unknown key `dta`" in outcome.err
 
 

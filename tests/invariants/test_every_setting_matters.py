@@ -146,7 +146,8 @@ def test_every_field_is_read(
     rows = [{"dialogue": [{"role": r, "text": f"{t} {n}"} for r, t in turns]} for n in range(10)]
     run_file = write_run_file(tmp_path, tiny_base, [*rows, {"dialogue": "none"}])
     read = record_reads(monkeypatch)
-    config = st.load_config(run_file, overrides)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # what is to be pushed stays here
+    config = st.load_config(run_file, [*overrides, "output.push_to_hub=nobody/nothing"])
     surveyed = survey(config.data, config.train.seed)
     summarise(prepare(surveyed, load_tokenizer(config.model), config.data), config)
     st.train(config)

@@ -6,11 +6,12 @@ run file or a row come before torch.
 
 import os
 import sys
+import traceback
 
 import typer
 
 from stemtune import __version__
-from stemtune.cli import chat, check, env, eval_, init, merge, train
+from stemtune.cli import chat, check, env, eval_, init, merge, push, train
 from stemtune.cli.common import is_first_process, quieten_libraries
 from stemtune.errors import Interrupted, StemtuneError
 from stemtune.redact import redacted
@@ -29,6 +30,7 @@ app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("push")(push.push)
 app.command("env")(env.env)
 
 
@@ -47,6 +49,11 @@ def _options(
     pass
 
 
+def _print_traceback() -> None:
+    """Where it was raised; what was raised may quote what stands in an address."""
+    print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+
+
 def main() -> None:
     """Run the command line; errors become a few lines and an exit code."""
     debug = "--debug" in sys.argv
@@ -56,13 +63,11 @@ def main() -> None:
         app(arguments, prog_name="stemtune")
     except StemtuneError as error:
         if debug:
-            raise
+            _print_traceback()
         if isinstance(error, Interrupted) and not is_first_process():
             return  # a launcher that sees one process fail ends the first one, which still writes
-        print(
-            f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}",
-            file=sys.stderr,
-        )
+        kind = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"{kind}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -72,7 +77,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if debug:
-            raise
+            _print_traceback()
         what = f"error: {type(error).__name__}: {error}\nhint: this looks like a bug of stemtune's"
         print(f"{redacted(what)}; the same command with --debug shows where", file=sys.stderr)
         sys.exit(1)

@@ -77,6 +77,18 @@ class File:
                     digest.update(block)
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """By what others recognise it, without where it lies on this machine: its name and the
+        SHA-256 of its bytes, or what it is on the Hub."""
+        if self.kind == "hub":
+            given = self.source.model_dump(include={"name", "split", "revision"}, exclude_none=True)
+            return {"dataset": self.source.path, **given}
+        with _readable(self.path), self.path.open("rb") as file:
+            return {
+                "file": self.path.name,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+
 
 def parse(place: Place, raw: Raw) -> dict[str, Any]:
     """The row.

@@ -93,6 +93,11 @@ class Survey:
         """[N] the row of each record."""
         return np.repeat(np.arange(len(self.row_records)), self.row_records)
 
+    def sources(self) -> list[dict[str, Any]]:
+        """What the rows come from, for others to recognise (see `File.facts`), and how many."""
+        counts = np.bincount(self.row_file, minlength=len(self.files)).tolist()
+        return [{**f.facts(), "rows": n} for f, n in zip(self.files, counts, strict=True)]
+
     def place(self, row: int) -> Place:
         """Where a row stands."""
         path = self.files[int(self.row_file[row])].path
@@ -156,7 +161,8 @@ def _key(files: list[File], data: Data, seed: int) -> str:
     named = [(str(file.path), file.kind, file.digest()) for file in files]
     # What is done about a bad row does not change what the others come to; nor does how they are
     # rendered.
-    settings = data.model_dump(exclude={"on_bad_row", "on_too_long", "batching", *RENDERING})
+    unread = {"on_bad_row", "on_too_long", "batching", "license", *RENDERING}
+    settings = data.model_dump(exclude=unread)
     return kept.make_key(named, settings, seed)
 
 

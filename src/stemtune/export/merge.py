@@ -17,16 +17,18 @@ from transformers import AutoModelForCausalLM
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.export import weights
-from stemtune.model.adapter import PROMPT_FILE, adapter_folder, load_onto
+from stemtune.export.card import merged_card
+from stemtune.model.adapter import adapter_folder, load_onto
 from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
+from stemtune.model.names import CARD, PROMPT_FILE
 from stemtune.model.quantized import comes_quantized, rounded
 from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 INDEX = "model.safetensors.index.json"
-NOT_OF_THE_BASE = ("adapter_config.json", "adapter_model.safetensors", "README.md", PROMPT_FILE)
+NOT_OF_THE_BASE = ("adapter_config.json", "adapter_model.safetensors", CARD, PROMPT_FILE)
 PROBE_TOKENS = 48
 FP32_TOLERANCE = 1e-3
 
@@ -193,9 +195,11 @@ def _cast(tensor: Tensor, dtype: str | torch.dtype | None) -> Tensor:
 
 
 def _copy_rest(adapter: SavedAdapter, source: Path, target: Path, dtype: str | None) -> None:
-    """Configuration of the base; tokenizer and template of the adapter."""
+    """Configuration of the base; tokenizer, template, settings of generation and the card of the
+    adapter."""
     for path in (*source.iterdir(), *adapter.folder.iterdir()):
-        wanted = path.suffix in (".json", ".jinja", ".model", ".txt")
+        own = path.parent == adapter.folder and path.suffix == ".png"  # of its card
+        wanted = own or path.suffix in (".json", ".jinja", ".model", ".txt")
         is_map = path.name.endswith(".index.json")
         if path.is_file() and wanted and path.name not in NOT_OF_THE_BASE and not is_map:
             shutil.copyfile(path, target / path.name)
@@ -206,6 +210,10 @@ def _copy_rest(adapter: SavedAdapter, source: Path, target: Path, dtype: str | N
     if any(name.startswith("lm_head") for name in adapter.whole):
         config["tie_word_embeddings"] = False
     write_text(target / "config.json", json.dumps(config, indent=1, ensure_ascii=False))
+    card = adapter.folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    prompt = json.loads((adapter.folder / PROMPT_FILE).read_text(encoding="utf-8"))
+    write_text(target / CARD, merged_card(text, prompt))
 
 
 def _compare(adapter: SavedAdapter, merged: Path) -> float | None:

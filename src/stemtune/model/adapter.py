@@ -17,11 +17,10 @@ from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model.chatglm_adapter import renamed
 from stemtune.model.lora import use_fast_layers
+from stemtune.model.names import PROMPT_FILE
 from stemtune.model.pissa import START, keep_start
 from stemtune.model.quantized import require_dense_for_dora
 from stemtune.model.targets import find_targets, require_modules, upper_layers
-
-PROMPT_FILE = "stemtune.json"
 
 
 def add_adapter(

@@ -164,6 +164,14 @@ def is_on_hub(config: Model) -> bool:
     return not local and not Path(config.base).is_absolute()
 
 
+def is_converted(config: Model) -> bool:
+    """Whether a base is trained in another layout than the one that it is published in: others need
+    the converted one."""
+    if config.base == smollm2.NAME or is_gguf(config):
+        return False
+    return chatglm.is_chatglm(_original(config, weights=False))
+
+
 def commit_of(config: Model) -> str | None:
     """The commit of a base of the Hub."""
     return _original(config).name if is_on_hub(config) else config.revision

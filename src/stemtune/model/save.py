@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
-from stemtune.model import smollm2
-from stemtune.model.adapter import PROMPT_FILE, load_onto
+from stemtune.model.adapter import load_onto
 from stemtune.model.load import load_model
+from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
 from stemtune.rundir import write_text
 
-HUB_NAMES = {smollm2.NAME: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LOCAL_KEYS = ("is_local", "local_files_only")
 
 
@@ -26,12 +26,12 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
-    files: dict[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write the folder whole, or leave the one that is there.
 
     Args:
-        files: more texts to put into it, by name.
+        files: what else to put into it, by name: the model card, for one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -49,12 +49,16 @@ def save_adapter(
         "template": config.data.template,
         "max_length": config.data.max_length,
         "window": _window(config),
-        "memories": config.data.memories and config.data.memories.model_dump(),
+        # They themselves are among `files`.
+        "memories": config.data.memories and {**config.data.memories.model_dump(), "path": None},
     }
-    for name, text in (files or {}).items():
-        write_text(temporary / name, text)
+    (temporary / CARD).unlink(missing_ok=True)  # PEFT's says nothing, and names a folder of ours
+    for name, content in (files or {}).items():
+        if isinstance(content, str):
+            write_text(temporary / name, content)
+        else:
+            (temporary / name).write_bytes(content)
     write_text(temporary / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False))
-    write_text(temporary / "README.md", _card(config))
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -104,20 +108,3 @@ def load_adapter(
     model = load_onto(base, folder)
     model.eval()
     return model, tokenizer, prompt
-
-
-def _card(config: Config) -> str:
-    base = HUB_NAMES.get(config.model.base, Path(config.model.base).name)
-    adapter, train = config.adapter, config.train
-    objectives = " and ".join(one.type for one in config.objective)
-    return f"""---
-library_name: peft
-tags: [lora, stemtune]
----
-
-# A LoRA adapter for {base}
-
-Trained by stemtune: {objectives}, r={adapter.r}, alpha={adapter.alpha},
-dropout={adapter.dropout}, learning rate {train.learning_rate}, batch size {train.batch_size},
-sequences of up to {config.data.max_length} tokens, template: {config.data.template}.
-"""

@@ -2,7 +2,8 @@
 
 from stemtune.config import Adapter
 
-LARGEST_RANK = 512  # of vLLM's --max-lora-rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
+LARGEST_RANK = VLLM_RANKS[-1]
 
 
 def serving_notes(adapter: Adapter) -> list[str]:
@@ -19,3 +20,15 @@ def serving_notes(adapter: Adapter) -> list[str]:
     if adapter.r > LARGEST_RANK:
         notes.append(f"vLLM takes ranks of up to {LARGEST_RANK}")
     return notes
+
+
+def llama_cpp_takes(adapter: Adapter) -> bool:
+    """Whether it is served by llama.cpp, and so by Ollama, as an adapter."""
+    return not adapter.use_dora and not adapter.modules_to_save
+
+
+def vllm_rank(adapter: Adapter) -> int | None:
+    """What vLLM's `--max-lora-rank` is to be; None where it refuses the adapter."""
+    if not llama_cpp_takes(adapter):  # it refuses the same kinds
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= adapter.r), None)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from stemtune.errors import ModelError
 from stemtune.model.gguf import convert_as
-
-NAME = "smollm2"
+from stemtune.model.names import SMOLLM2 as NAME
 
 
 def require_gguf() -> Path:
