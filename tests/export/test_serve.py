@@ -197,10 +197,11 @@ def test_llama_cpp(tmp_path: Path) -> None:
     rest = f"{template} --alias run --host 127.0.0.1 --port 8000"
     both = words(run, "llama.cpp", ggufs=[base, adapter])
     assert both == f"llama-server --model {base} --lora {adapter} {rest}"
-    (run / "gguf").mkdir()
-    whole = write_gguf(run / "gguf" / "run-F16.gguf", "model")
+    whole = write_gguf(run / "run-F16.gguf", "model")
+    (run / "ollama").mkdir()
+    write_gguf(run / "ollama" / "run-F16.gguf", "model")
     assert words(run, "llama.cpp") == f"llama-server --model {whole} {rest}"
-    write_gguf(run / "gguf" / "run-Q8_0.gguf", "model")
+    write_gguf(run / "run-Q8_0.gguf", "model")
     with pytest.raises(ConfigError, match=r"which of these .*run-F16\.gguf, run-Q8_0\.gguf"):
         words(run, "llama.cpp")
 

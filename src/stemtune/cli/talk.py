@@ -104,9 +104,9 @@ class _Talk:
         command = self.commands.get(name)
         if command is None:
             near = difflib.get_close_matches(name, list(self.commands), 1)
-            hint = f"did you mean /{near[0]}" if near else "what does /help list"
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them."
             what = f"there is no command /{printable(name)}"
-            raise ConfigError(what, hint=f"{hint}? To say it, begin with a blank")
+            raise ConfigError(what, hint=f"{hint} To say it, begin with a blank")
         command.run(rest[0] if rest else "")
 
     def _answer(self, pieces: Generator[str]) -> None:

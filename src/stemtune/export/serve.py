@@ -258,8 +258,8 @@ def _llama_cpp(run: Run, address: Address, given: list[Path]) -> tuple[list[str]
 
 
 def _found(run: Run) -> list[Path]:
-    """In the run's folder, or one below it."""
-    return sorted([*run.folder.glob(f"*{SUFFIX}"), *run.folder.glob(f"*/*{SUFFIX}")])
+    """In the run's folder, or else one below it: that for Ollama."""
+    return sorted(run.folder.glob(f"*{SUFFIX}")) or sorted(run.folder.glob(f"*/*{SUFFIX}"))
 
 
 def _sorted_out(files: list[Path]) -> tuple[list[Path], list[Path]]:
