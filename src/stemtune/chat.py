@@ -194,7 +194,9 @@ class Chat:
             kept = fewer(kept)
 
     def _retrieve(self, text: str) -> Seq[str] | None:
-        return self.passages.choose(text) if isinstance(self.passages, MemoryBook) else self.passages
+        return (
+            self.passages.choose(text) if isinstance(self.passages, MemoryBook) else self.passages
+        )
 
     def _window_of(self, messages: list[Message]) -> list[Message]:
         """What training would have kept of this conversation."""

@@ -98,9 +98,7 @@ def chat(
     from stemtune.model.adapter import adapter_folder
     from stemtune.model.save import read_settings
 
-    sampling = Sampling(
-        temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed
-    )
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed)
     # What can be refused is, before weights load.
     read_settings(adapter_folder(run))
     questions = _questions(prompt, as_json)

@@ -40,8 +40,9 @@ def serve(
         bool, typer.Option("--dry-run", help="Print the command, and don't run it.")
     ] = False,
 ) -> None:
-    """Serve a run: vLLM, transformers' own server or llama.cpp's, with the right adapter and
-    template. Prints the command that it runs."""
+    """Serve a run by vLLM, transformers' own server or llama.cpp's.
+
+    The command that starts it, with the right adapter and template, is printed and run."""
     log_to_stderr()
     if gguf and engine == "auto":
         engine = "llama.cpp"

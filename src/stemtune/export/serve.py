@@ -220,7 +220,9 @@ def _prompts_for_vllm(run: Run) -> list[str]:
 
 def _transformers(run: Run, address: Address) -> tuple[list[str], list[str]]:
     if run.merged is None:
-        raise ConfigError("transformers serves no adapter, only whole models", hint=_merge_hint(run))
+        raise ConfigError(
+            "transformers serves no adapter, only whole models", hint=_merge_hint(run)
+        )
     model = str(run.merged)
     if "@" in model:
         hint = f"put it elsewhere: stemtune merge {run.folder} --to FOLDER"
@@ -241,7 +243,9 @@ def _llama_cpp(run: Run, address: Address, given: list[Path]) -> tuple[list[str]
     if adapters and not models:
         models = _base_gguf(run.model)
     if not models:
-        what = "llama.cpp needs the base as GGUF, too" if adapters else "llama.cpp needs a GGUF file"
+        what = (
+            "llama.cpp needs the base as GGUF, too" if adapters else "llama.cpp needs a GGUF file"
+        )
         both = "give both: --gguf BASE --gguf ADAPTER"
         raise ConfigError(what, hint=both if adapters else f"stemtune export gguf {run.folder}")
     if len(models) > 1 or len(adapters) > 1:
