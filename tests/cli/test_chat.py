@@ -191,6 +191,13 @@ def test_every_setting_of_sampling_is_an_option_with_bounds() -> None:
                 parse_number(text, kind, option.min, option.max)
 
 
+def test_a_seed_can_be_taken_back() -> None:
+    assert parse_number("none", int | None, 0, None) is None
+    assert parse_number("7", int | None, 0, None) == 7
+    with pytest.raises(ConfigError, match="'none' is no number"):
+        parse_number("none", float, 0, None)
+
+
 def test_what_a_model_writes_moves_no_cursor() -> None:
     with patch("stemtune.cli.reply.out") as out:
         out.is_terminal = True
