@@ -27,6 +27,7 @@ def imports(path: Path) -> set[str]:
         ("errors.py", {"redact"}),
         ("cache.py", set()),
         ("network.py", set()),
+        ("sampling.py", set()),
         ("data", {"data", "config", "errors", "tree", "cache", "network"}),
         (
             "export",

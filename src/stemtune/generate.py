@@ -1,32 +1,38 @@
 """Replies, streamed: the prompt is rendered as in training, and the same tokens end an answer."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Thread
-from typing import Any
+from threading import Event, Thread
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from stemtune.data.records import Message
 from stemtune.data.renderer import Renderer
+from stemtune.sampling import Sampling
 from stemtune.score import autocast
 from stemtune.tree.logprobs import base_model
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a reply is drawn. Temperature 0 takes the likeliest token each time."""
+@dataclass
+class Counts:
+    """How long a prompt and its reply are.
 
-    temperature: float = 0.7
-    top_p: float = 0.9
-    repetition_penalty: float = 1.05
-    max_new_tokens: int = 256
-    seed: int | None = None
+    Attributes:
+        new_tokens: of the reply, the token that ends it included.
+        stopped_by: `end`, the model ended it; `length`, it has `max_new_tokens`; `interrupt`,
+            nobody listened any more.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    stopped_by: Literal["end", "length", "interrupt"] = "interrupt"
 
 
 def stream_reply(
@@ -36,26 +42,34 @@ def stream_reply(
     sampling: Sampling,
     *,
     adapter: bool = True,
-) -> Iterator[str]:
-    """Pieces of text as they come.
+    counts: Counts | None = None,
+) -> Generator[str]:
+    """Pieces of text as they come. Closed early, it stops the model at its next token.
 
     Args:
         messages: the conversation so far, the last one the user's.
         adapter: false to hear the base instead.
+        counts: filled by the end of the reply.
     """
     base = base_model(model)
+    counts = Counts() if counts is None else counts
     ids = torch.tensor([renderer.prompt(messages)], device=base.device)
+    counts.prompt_tokens = ids.shape[1]
+    ends = stop_ids(base, renderer)
+    unheard = Event()
     streamer = TextIteratorStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
     drawn = sampling.temperature > 0
     options: dict[str, Any] = {
         "do_sample": drawn,
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
-        "eos_token_id": stop_ids(base, renderer),
+        "eos_token_id": ends,
         "pad_token_id": renderer.tokenizer.eos_token_id,
+        "stopping_criteria": StoppingCriteriaList([_Unheard(unheard)]),
     }
     if drawn:
-        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= {"top_k": sampling.top_k, "min_p": sampling.min_p or None}
     failure: list[BaseException] = []
 
     def generate() -> None:
@@ -63,19 +77,40 @@ def stream_reply(
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
             with autocast(model), nullcontext() if adapter else model.disable_adapter():
-                base.generate(
+                whole: Any = base.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options
                 )
+            counts.new_tokens = whole.shape[1] - counts.prompt_tokens
+            if int(whole[0, -1]) in ends:
+                counts.stopped_by = "end"
+            elif counts.new_tokens == sampling.max_new_tokens:
+                counts.stopped_by = "length"
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=generate, daemon=True)
     thread.start()
-    yield from _without_opening(streamer, renderer.opening)
-    thread.join()
+    try:
+        yield from _without_opening(streamer, renderer.opening)
+    finally:
+        unheard.set()
+        thread.join()
     if failure:
         raise failure[0]
+
+
+class _Unheard(StoppingCriteria):
+    """Ends a reply that nobody listens to any more."""
+
+    def __init__(self, unheard: Event) -> None:
+        self.unheard = unheard
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore
+        """[1] whether to stop."""
+        return torch.full(
+            (len(input_ids),), self.unheard.is_set(), dtype=torch.bool, device=input_ids.device
+        )
 
 
 def stop_ids(base: Any, renderer: Renderer) -> list[int]:

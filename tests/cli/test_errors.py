@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.command import HEAVY, SLOW, refused, stemtune, stemtune_here, write_stubs
 
-VERBS = ["init", "check", "train", "eval", "chat", "env"]
+VERBS = ["init", "check", "train", "eval", "chat", "serve", "env"]
 GOOD_ROWS = "".join(json.dumps({"context": f"q{i}", "target": "a"}) + "\n" for i in range(8))
 
 
@@ -125,7 +125,7 @@ def test_no_rows(folder: Path, verb: str) -> None:
     refused(outcome, 2, "there is no such file", str(rows))
 
 
-@pytest.mark.parametrize("verb", ["eval", "chat"])
+@pytest.mark.parametrize("verb", ["eval", "chat", "serve"])
 def test_no_run(tmp_path: Path, verb: str) -> None:
     outcome = stemtune_here(verb, "nowhere", cwd=tmp_path)
     assert outcome.code in (2, 3)

@@ -660,7 +660,7 @@ def test_chat_keeps_what_was_said_alone(
     lines = (adapter / "memories.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 5
     assert json.loads(lines[-1])["text"].startswith("Is virtue a horse?")
-    monkeypatch.setattr(chat_module, "stream_reply", lambda *_, **__: iter(["Yes."]))
+    monkeypatch.setattr(chat_module, "stream_reply", lambda *_, **__: (p for p in ["Yes."]))
     chat = Chat(adapter, Sampling(max_new_tokens=4))
     list(chat.say("And the lamp of the sea?"))
     assert chat.messages == [

@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from stemtune import __version__
-from stemtune.cli import chat, check, env, eval_, init, merge, push, train
+from stemtune.cli import chat, check, env, eval_, init, merge, push, serve, train
 from stemtune.cli.common import is_first_process, quieten_libraries
 from stemtune.errors import Interrupted, StemtuneError
 from stemtune.redact import redacted
@@ -31,6 +31,7 @@ app.command("eval")(eval_.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("push")(push.push)
+app.command("serve")(serve.serve)
 app.command("env")(env.env)
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, laid over the run file.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON.")]
+
+# Libraries' progress bars and notes are not for the people who use stemtune.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
@@ -40,13 +48,17 @@ def log_to_stderr() -> None:
 
 
 def quieten_libraries() -> None:
-    """Their progress bars and notes are not for the people who use stemtune."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """See QUIET; warnings and logs as well."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate)\b.*")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("stemtune").setLevel(logging.DEBUG)
+
+
+def without_quiet(environment: Mapping[str, str]) -> dict[str, str]:
+    """For another program, which may say what it likes."""
+    return {name: value for name, value in environment.items() if QUIET.get(name) != value}
 
 
 class _LineFormatter(logging.Formatter):

@@ -170,7 +170,7 @@ def _from_context_target(row: Row, _data: Data) -> Parsed:
 
 
 def _from_messages(row: Row, _data: Data) -> Parsed:
-    return Parsed(_messages(row, "messages"), tools=_tools(row))
+    return Parsed(messages_of(row, "messages"), tools=_tools(row))
 
 
 def _from_sharegpt(row: Row, _data: Data) -> Parsed:
@@ -222,7 +222,7 @@ def _from_alpaca(row: Row, _data: Data) -> Parsed:
 def _from_prompt_completion(row: Row, _data: Data) -> Parsed:
     prompt = _prompt(row)
     if isinstance(row.values.get("completion"), list):
-        answer = _messages(row, "completion", after=True)
+        answer = messages_of(row, "completion", after=True)
     else:
         answer = [Message("assistant", row.text("completion"))]
     return Parsed([*prompt, *answer], first_trained=len(prompt), tools=_tools(row))
@@ -317,7 +317,7 @@ def _from_candidates(row: Row, data: Data) -> Parsed:
     """Several answers with scores; or without, and a reference to score them by."""
     key = _first(row, (*QUERY, "prompt"))
     if key == "prompt":
-        messages, passages = _prompt(row), _passages(row)
+        messages, passages = _prompt(row), passages_of(row)
     else:
         query, passages = _query(row)
         messages = [query]
@@ -345,10 +345,36 @@ def _from_candidates(row: Row, data: Data) -> Parsed:
     )
 
 
+def question_of(row: Row) -> tuple[list[Message], tuple[str, ...] | None]:
+    """What a row asks, without an answer: a conversation that ends with the user's turn, and the
+    passages that it brings along.
+
+    Raises:
+        DataError: it asks nothing.
+    """
+    asked = _first(row, QUERY)
+    if row.has("messages"):
+        messages = messages_of(row, "messages")
+    elif row.has(asked):
+        messages = [Message("user", row.text(asked))]
+    elif row.has("prompt"):
+        messages = _prompt(row)
+    else:
+        raise row.error("nothing is asked", "a row has a `prompt`, a `query` or `messages`")
+    if messages[-1].role != "user":
+        raise row.error("it does not end with a question", "the last message is the user's")
+    return messages, passages_of(row)
+
+
 # -- parts ------------------------------------------------------------------------------------
 
 
-def _messages(row: Row, key: str, *, after: bool = False) -> list[Message]:
+def messages_of(row: Row, key: str, *, after: bool = False) -> list[Message]:
+    """Turns with `role` and `content`.
+
+    Args:
+        after: they go on from others, and so have no system message.
+    """
     messages: list[Message] = []
     for turn in row.objects(key):
         role = turn.text("role")
@@ -444,7 +470,7 @@ def _refuse_system_later(before: Seq[Message], turn: Row, *, after: bool = False
 
 def _prompt(row: Row) -> list[Message]:
     if isinstance(row.values.get("prompt"), list):
-        return _messages(row, "prompt")
+        return messages_of(row, "prompt")
     system = [Message("system", text)] if (text := row.optional_text("system")) else []
     return [*system, Message("user", row.text("prompt"))]
 
@@ -458,7 +484,7 @@ def _answers(row: Row, key: str) -> list[list[Message]]:
         return [[Message("assistant", row.text(key))]]
     items = row.items(key, "answers")
     if all(isinstance(item, dict) and "role" in item for item in items):
-        return [_messages(row, key)]
+        return [messages_of(row, key)]
     answers: list[list[Message]] = []
     for number, item in enumerate(items):
         name = f"{key}[{number}]"
@@ -473,10 +499,10 @@ def _first(row: Row, names: Seq[str]) -> str:
 
 
 def _query(row: Row) -> tuple[Message, tuple[str, ...] | None]:
-    return Message("user", row.text(_first(row, QUERY))), _passages(row)
+    return Message("user", row.text(_first(row, QUERY))), passages_of(row)
 
 
-def _passages(row: Row) -> tuple[str, ...] | None:
+def passages_of(row: Row) -> tuple[str, ...] | None:
     """Texts, or objects with one; None where the row has no such field."""
     if not any(key in row.values for key in PASSAGES):
         return None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -194,12 +195,21 @@ def read_memories(path: Path) -> list[Memory]:
             paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf-8-sig"))
             texts = [paragraph.strip() for paragraph in paragraphs]
     except (OSError, UnicodeDecodeError) as error:
-        hint = "data.memories.path is a text file or JSONL, relative to the run file"
+        hint = "a text file, a paragraph each, or JSONL; a run file's path is relative to it"
         raise DataError(f"can't be read: {error}", where=where, hint=hint) from None
     memories = [Memory(text) for text in texts if text]
     if not memories:
         raise DataError("the file holds no memories", where=where, hint="a paragraph a memory")
     return memories
+
+
+def read_passages(path: Path, count: int) -> MemoryBook:
+    """Passages to retrieve among, at most `count` for a question, by BM25.
+
+    Raises:
+        DataError: see `read_memories`.
+    """
+    return MemoryBook(read_memories(path), Memories(count=count, max_characters=sys.maxsize))
 
 
 def memory_lines(memories: Seq[Memory]) -> str:

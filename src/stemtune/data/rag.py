@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 from stemtune.config import Rag
+from stemtune.data.records import Message
 
 Count = Callable[[str], int]
 # Behind the stop, and closing quotes; scripts without spaces need none behind it.
@@ -24,6 +26,19 @@ def fill(query: str, passages: Seq[str], rag: Rag, count: Count, budget: int | N
 def put(query: str, passages: Seq[str], rag: Rag) -> str:
     """Passages and query in `rag.template`."""
     return _filled(rag.template, passages=_joined(passages, rag), query=query)
+
+
+def put_in(messages: Seq[Message], passages: Seq[str], rag: Rag) -> list[Message]:
+    """A conversation with the passages in the last of the user's turns."""
+    asked = max(i for i, m in enumerate(messages) if m.role == "user")
+    filled = replace(messages[asked], content=put(messages[asked].content, passages, rag))
+    return [*messages[:asked], filled, *messages[asked + 1 :]]
+
+
+def fewer(passages: Seq[str]) -> list[str]:
+    """Without the last passage, or without the last sentence of the only one."""
+    shorter = shorten(passages[-1]) if len(passages) == 1 else ""
+    return [shorter] if shorter else list(passages[:-1])
 
 
 def fit(passages: Seq[str], rag: Rag, count: Count, budget: int) -> list[str]:

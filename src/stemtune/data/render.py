@@ -6,12 +6,11 @@ token is trained, since generation stops there.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 
 import numpy as np
 
 from stemtune.config import Data
-from stemtune.data.rag import fit, put, shorten
+from stemtune.data.rag import fewer, fit, put_in
 from stemtune.data.records import Dialogue, Message, Preference, Record
 from stemtune.data.renderer import Ids, Renderer, Tools
 from stemtune.errors import DataError
@@ -141,19 +140,13 @@ class _Context:
 
     def messages(self) -> list[Message]:
         """With the passages in the last of the user's turns."""
-        if not self.is_question:
-            return self.before
-        asked = max(i for i, m in enumerate(self.before) if m.role == "user")
-        filled = put(self.before[asked].content, self.passages, self.rag)
-        message = replace(self.before[asked], content=filled)
-        return [*self.before[:asked], message, *self.before[asked + 1 :]]
+        return put_in(self.before, self.passages, self.rag) if self.is_question else self.before
 
     def trim(self, excess: int) -> bool:
         """Leave something out: a passage or the last sentence of the only one, the oldest turn, or
         the start of the last text. False, if nothing is left that may be."""
         if self.passages:
-            shorter = shorten(self.passages[-1]) if len(self.passages) == 1 else ""
-            self.passages = [shorter] if shorter else self.passages[:-1]
+            self.passages = fewer(self.passages)
             return True
         system = [m for m in self.before[:1] if m.role == "system"]
         turns = self.before[len(system) :]

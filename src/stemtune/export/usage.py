@@ -7,7 +7,7 @@ from typing import Any
 
 from stemtune.config import Config
 from stemtune.model.names import is_hub_name
-from stemtune.model.serving import llama_cpp_takes, vllm_rank
+from stemtune.model.serving import refused_parts, vllm_rank
 
 USE = "## How to use it"
 HERE = "path/to/this"  # until it is pushed, nobody knows its name
@@ -38,7 +38,8 @@ def _engines(config: Config, name: str, base: str, converted: bool) -> Iterator[
     prompt = {"system": config.data.system, "template": config.data.template}
     yield _transformers(repository or HERE, prompt, base, revision)
     download = f"hf download {repository} --local-dir {name}\n" if repository else ""
-    rank = vllm_rank(config.adapter)
+    refused = refused_parts(config.adapter.use_dora, config.adapter.modules_to_save)
+    rank = None if refused else vllm_rank(config.adapter.r)
     if rank is None:  # it takes whole models alone
         merged = f"{name}-merged"
         yield _shell("vLLM", f"{download}stemtune merge {name} --to {merged}\nvllm serve {merged}")
@@ -52,7 +53,7 @@ def _engines(config: Config, name: str, base: str, converted: bool) -> Iterator[
             f"  --generation-config {name}{'' if prompt['template'] == 'plain' else template}",
         )
     export = f"{download}stemtune export gguf {name}  # base and adapter in one file"
-    if llama_cpp_takes(config.adapter):
+    if not refused:
         export += f"\nstemtune export gguf {name} --adapter-only  # for `llama-server --lora`"
     yield _shell("llama.cpp and LM Studio", export)
     yield _shell("Ollama", f"{download}stemtune export ollama {name} --to {name}-ollama")

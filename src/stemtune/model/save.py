@@ -51,6 +51,7 @@ def save_adapter(
         "window": _window(config),
         # They themselves are among `files`.
         "memories": config.data.memories and {**config.data.memories.model_dump(), "path": None},
+        "rag": config.data.rag.model_dump(),
     }
     (temporary / CARD).unlink(missing_ok=True)  # PEFT's says nothing, and names a folder of ours
     for name, content in (files or {}).items():
@@ -90,6 +91,20 @@ def _window(config: Config) -> dict[str, Any]:
     return {"turns": data.history_turns, "tokens": data.history_tokens, "anchored": anchored}
 
 
+def read_settings(folder: Path) -> tuple[Model, dict[str, Any]]:
+    """The base of a saved adapter, and the settings of its prompts.
+
+    Raises:
+        ModelError: not an adapter of stemtune's.
+    """
+    try:
+        prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
+        return Model.model_validate(prompt["model"]), prompt
+    except (OSError, ValueError, KeyError, TypeError):
+        hint = "give the folder of a finished run, or its adapter/"
+        raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from None
+
+
 def load_adapter(
     folder: Path, device: str
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -98,13 +113,8 @@ def load_adapter(
     Raises:
         ModelError: not an adapter of stemtune's.
     """
-    try:
-        prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
-        config = Model.model_validate({**prompt["model"], "device": device})
-    except (OSError, ValueError, KeyError):
-        hint = "give the folder of a finished run, or its adapter/"
-        raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from None
-    base, tokenizer = load_model(config)
+    config, prompt = read_settings(folder)
+    base, tokenizer = load_model(config.model_copy(update={"device": device}))
     model = load_onto(base, folder)
     model.eval()
     return model, tokenizer, prompt

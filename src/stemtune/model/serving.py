@@ -1,34 +1,32 @@
 """What engines take of an adapter, by their documentation."""
 
+from collections.abc import Sequence as Seq
+
 from stemtune.config import Adapter
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
-LARGEST_RANK = VLLM_RANKS[-1]
 
 
 def serving_notes(adapter: Adapter) -> list[str]:
     """What would be refused, or run otherwise, where the adapter is served as one: empty for what
     every engine takes. Merged into its base it runs everywhere."""
-    notes: list[str] = []
-    if adapter.use_dora:
-        notes.append("vLLM and llama.cpp refuse DoRA")
-    if adapter.modules_to_save:
-        names = ", ".join(adapter.modules_to_save)
-        notes.append(f"vLLM and llama.cpp refuse layers that are trained whole ({names})")
+    refused = refused_parts(adapter.use_dora, adapter.modules_to_save)
+    notes = [f"vLLM and llama.cpp refuse {part}" for part in refused]
     if adapter.use_rslora:
         notes.append("llama.cpp knows no rank-stabilised scale: it is to be exported by stemtune")
-    if adapter.r > LARGEST_RANK:
-        notes.append(f"vLLM takes ranks of up to {LARGEST_RANK}")
+    if vllm_rank(adapter.r) is None:
+        notes.append(f"vLLM takes ranks of up to {VLLM_RANKS[-1]}")
     return notes
 
 
-def llama_cpp_takes(adapter: Adapter) -> bool:
-    """Whether it is served by llama.cpp, and so by Ollama, as an adapter."""
-    return not adapter.use_dora and not adapter.modules_to_save
+def refused_parts(use_dora: bool, modules_to_save: Seq[str]) -> list[str]:
+    """What of an adapter neither vLLM nor llama.cpp, and so Ollama, loads."""
+    parts = ["DoRA"] if use_dora else []
+    if modules_to_save:
+        parts.append(f"layers that are trained whole ({', '.join(modules_to_save)})")
+    return parts
 
 
-def vllm_rank(adapter: Adapter) -> int | None:
-    """What vLLM's `--max-lora-rank` is to be; None where it refuses the adapter."""
-    if not llama_cpp_takes(adapter):  # it refuses the same kinds
-        return None
-    return next((rank for rank in VLLM_RANKS if rank >= adapter.r), None)
+def vllm_rank(rank: int) -> int | None:
+    """What vLLM's `--max-lora-rank` is to be for an adapter; None where it takes none so large."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
