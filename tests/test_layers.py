@@ -28,6 +28,7 @@ def imports(path: Path) -> set[str]:
         ("cache.py", set()),
         ("network.py", set()),
         ("data", {"data", "config", "errors", "tree", "cache", "network"}),
+        ("export", {"export", "model", "data", "config", "errors", "rundir"}),
         ("model", {"model", "config", "errors", "tree", "kernels", "rundir", "cache", "network"}),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from stemtune import __version__
-from stemtune.cli import chat, check, env, eval_, init, merge, train
+from stemtune.cli import chat, check, env, eval_, export, init, merge, train
 from stemtune.cli.common import quieten_libraries
 from stemtune.errors import StemtuneError
 from stemtune.redact import redacted
@@ -29,6 +29,7 @@ app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.add_typer(export.app, name="export")
 app.command("env")(env.env)
 
 

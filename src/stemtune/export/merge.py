@@ -234,7 +234,7 @@ def _compare(adapter: SavedAdapter, merged: Path) -> float | None:
     allowed = max(FP32_TOLERANCE, float((before - expected).abs().max()) / 2)
     if not difference <= allowed:
         what = f"merged and unmerged logits differ by {difference:.1e}, allowed {allowed:.1e}"
-        hint = "merge with --dtype float32: in half precision what was trained is rounded away"
+        hint = "in half precision what was trained is rounded away: --dtype float32, or --type f32"
         raise ModelError(what, where=str(adapter.folder), hint=hint)
     return difference
 
