@@ -41,7 +41,9 @@ class LlamaCpp:
 
     def logprobs(self, ids: list[int], top: int) -> dict[int, float]:
         """Of the likeliest next tokens, by id."""
-        body = {"temperature": 0.0, "n_probs": top, "n_predict": 1}
+        # They come with a token that ends a letter: another one is drawn, which changes nothing.
+        drawn = [[self.ids("a")[0], 1000.0]]
+        body = {"temperature": 0.0, "n_probs": top, "n_predict": 1, "logit_bias": drawn}
         found = self._post("completion", prompt=ids, cache_prompt=False, **body)
         best = found["completion_probabilities"][0]["top_logprobs"]
         return {one["id"]: one["logprob"] for one in best}

@@ -45,6 +45,7 @@ def rendered(tokenizer: Any, turns: list[tuple[str, str]]) -> str:
     [
         ("chatml", 7),
         ("qwen3", 7),
+        ("qwen3_hybrid", 7),
         ("llama3", 7),
         ("phi", 7),
         ("glm4", 7),

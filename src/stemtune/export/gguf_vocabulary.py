@@ -29,7 +29,7 @@ LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 SLASHED = BLANKS.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 TEKKEN = rf"{UPPER}*{LOWER}+|{UPPER}+{LOWER}*|\p{{N}}|{SLASHED}"
 # By the cuts, and whether a whole word that is a token stays one without merges.
-NAMED_CUTS = {
+NAMED_CUTS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
     ((LLAMA3,), True): "llama-bpe",
@@ -40,7 +40,12 @@ NAMED_CUTS = {
 BLANK = "▁"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 UNUSED_SCORE = -1e6
-PLAIN = "{{ messages[-1]['content'] }}"  # a chat template that prompts by the last text alone
+# A chat template that prompts by the last text alone. It looks at the others, too: what a template
+# does not look at, llama.cpp puts into the user's turn.
+PLAIN = (
+    "{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% elif m['content'] %}{% endif %}"
+    "{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def vocabulary_of(renderer: Renderer, rows: int, where: str) -> Vocabulary:
     if model["type"] != "BPE" or odd:
         raise _refusal(f"a tokenizer of type {model['type']} {' '.join(odd)}".strip(), where)
     tokens, kinds = _tokens(tokenizer, spec, rows)
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    pairs: list[list[str]] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     if not model.get("byte_fallback"):
         merges = [" ".join(pair) for pair in pairs]
         return Vocabulary("gpt2", _cut(spec, where), tokens, kinds, merges)
@@ -227,7 +232,7 @@ def _parts(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return part[inner] if part["type"] == "Sequence" else [part]
 
 
-def _scores(pairs: list[Seq[str]], tokens: list[str], where: str) -> list[float]:
+def _scores(pairs: Seq[Seq[str]], tokens: list[str], where: str) -> list[float]:
     """A score for each piece, such that the best one first is the first merge first."""
     ranks: dict[str, int] = {}
     last = ""
