@@ -11,12 +11,15 @@ from gguf import GGUFReader
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from stemtune.config import Model
 from stemtune.errors import ConfigError, DiskError, ModelError
+from stemtune.export import gguf as exporting
 from stemtune.export.gguf import export_gguf, file_name, read_run
+from stemtune.model import gguf as reading
 from tests.chatglm import pieces_model
+from tests.cli.command import refused, stemtune_here
 from tests.export.llamacpp import LlamaCpp, loaded
 from tests.models import save_tiny_model, tiny_model, tiny_tokenizer, with_lora
 from tests.runs import IGNORED
@@ -81,7 +84,7 @@ TEXTS = [
     "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
     "<|im_end|><|im_end|> <|im_end|>",
     "ÀÉÎõü straße ПРИВЕТ мир",
-    "_",
+    "So <think>hm</think> yes",
 ]
 CONVERSATIONS = [
     [("user", "What is virtue?")],
@@ -313,7 +316,10 @@ def save_tokenizer(spec: dict[str, Any], folder: Path, bos: str | None = None) -
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), clean_up_tokenization_spaces=False
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+    greedy = any(token["content"] == "</s>" and token["rstrip"] for token in spec["added_tokens"])
+    for text, special in (("<|turn|>", True), ("<|over|>", True), ("<think>", False)):
+        token = AddedToken(text, special=special, rstrip=greedy, normalized=False)
+        fast.add_tokens([token], special_tokens=special)
     fast.eos_token = "<|over|>"
     if bos:
         fast.bos_token = bos
@@ -322,6 +328,16 @@ def save_tokenizer(spec: dict[str, Any], folder: Path, bos: str | None = None) -
         "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
     )
     fast.save_pretrained(folder)
+
+
+def phi3() -> dict[str, Any]:
+    """Special tokens that swallow the blanks behind them, all but three."""
+    spec = pieces(normalizer=LEGACY, pre_tokenizer=None)
+    last = {**spec["added_tokens"][0], "id": len(spec["model"]["vocab"])}
+    spec["added_tokens"].append({**last, "content": "<|endoftext|>"})
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+    return spec
 
 
 NEVER = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
@@ -335,6 +351,7 @@ TOKENIZERS = {
     "default (a blank before each text)": lambda: pieces(normalizer=LEGACY, pre_tokenizer=None),
     "default (a blank before the first)": pieces,
     "default (no blank)": lambda: pieces(normalizer=None, pre_tokenizer=NEVER),
+    "default (as Phi-3)": phi3,
     "default (as Gemma)": lambda: pieces(normalizer=REPLACE, pre_tokenizer=None),
 }
 
@@ -349,7 +366,7 @@ def test_other_tokenizers(tmp_path: Path, name: str) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     rows = len(tokenizer) + 3  # more than there are tokens, as many bases have
     tiny_model("llama", vocab_size=rows).save_pretrained(base)
-    run = write_run(tmp_path / "run", base)
+    run = write_run(tmp_path / "phi3", base)  # a name that llama.cpp would read something out of
     file = exported(run)
     values = {n: field.contents() for n, field in GGUFReader(file).fields.items()}
     assert values["tokenizer.ggml.pre"] == name.partition(" ")[0]
@@ -481,6 +498,39 @@ def test_nothing_is_written_over(tiny_run: Path, tmp_path: Path) -> None:
         export_gguf(read_run(tiny_run), tmp_path / "x.bin", "f32")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
     assert (tmp_path / "x.gguf").read_text() == "mine"
+
+
+def test_nothing_is_left_behind(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was interrupted, wherever that was."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "quantize", interrupt)
+    for adapter_only in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf(read_run(tiny_run), tmp_path / "x.gguf", "f32", adapter_only=adapter_only)
+        assert not list(tmp_path.iterdir())
+
+
+def test_memories_stay_behind(
+    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run", tiny_run.parent / "base")
+    file = run / "adapter" / "stemtune.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "memories": {"count": 3}}))
+    exported(run)
+    assert "it answers without its memories" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["gguf", "ollama"])
+def test_without_the_package(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "find_spec", lambda _: None)
+    outcome = stemtune_here("export", verb, "run", cwd=tmp_path)
+    refused(outcome, 3, "a GGUF file needs the package gguf", "export")
+    assert "pip install 'stemtune[gguf]'" in outcome.err
 
 
 def test_no_room(tiny_run: Path, tmp_path: Path) -> None:

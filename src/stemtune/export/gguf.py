@@ -6,7 +6,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,31 +206,28 @@ def _write_model(
     """One tensor at a time is in memory."""
     family = family_of(merged)  # a head that was trained whole is no longer the embeddings' matrix
     shards = [merged / name for name in weights.shard_names(merged, allow_pickled=False)]
-    more = family.more_tensors()
-    writer = _writer(run, file, kind)
-    writer.add_type(GGUFType.MODEL)
-    family.add_settings(writer)
-    vocabulary.add_to(writer, renderer)
-    for shard in shards:
-        for name, shape in weights.shapes(shard).items():
-            if not family.is_left_out(name):
-                _announce(writer, family.name_of(name), shape, kind)
-    for name, tensor in more.items():
-        _announce(writer, name, tuple(tensor.shape), kind)
-    _begin_tensors(writer)
-    for shard in shards:
-        for name, tensor in weights.tensors(shard):
-            if not family.is_left_out(name):
-                value = family.value_of(name, tensor)
-                _write(writer, family.name_of(name), value, kind)
-    for name, tensor in more.items():
-        _write(writer, name, tensor, kind)
-    writer.close()
+    with closing(_writer(run, file, kind, vocabulary.name_for(run.name))) as writer:
+        writer.add_type(GGUFType.MODEL)
+        family.add_settings(writer)
+        vocabulary.add_to(writer, renderer)
+        for shard in shards:
+            for name, shape in weights.shapes(shard).items():
+                if not family.is_left_out(name):
+                    _announce(writer, family.name_of(name), shape, kind)
+        for name, tensor in family.more_tensors().items():
+            _announce(writer, name, tuple(tensor.shape), kind)
+        _begin_tensors(writer)
+        for shard in shards:
+            for name, tensor in weights.tensors(shard):
+                if not family.is_left_out(name):
+                    _write(writer, family.name_of(name), family.value_of(name, tensor), kind)
+        for name, tensor in family.more_tensors().items():
+            _write(writer, name, tensor, kind)
 
 
-def _writer(run: Run, file: Path, kind: Kind) -> GGUFWriter:
+def _writer(run: Run, file: Path, kind: Kind, name: str) -> GGUFWriter:
     writer = GGUFWriter(file, MODEL_ARCH_NAMES[run.family.architecture])
-    writer.add_name(run.name)
+    writer.add_name(name)
     writer.add_base_model_count(1)
     base = run.adapter.model.base
     writer.add_base_model_name(0, Path(HUB_NAMES.get(base, base)).name)
@@ -294,22 +291,21 @@ def _require_alone(run: Run) -> None:
 
 
 def _write_adapter(run: Run, file: Path, kind: Kind) -> None:
-    updates = run.adapter.updates
-    writer = _writer(run, file, kind)
-    writer.add_type(GGUFType.ADAPTER)
-    writer.add_string(Keys.Adapter.TYPE, "lora")
-    writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(next(iter(updates.values()))))
     tensors: dict[str, Tensor] = {}
-    for name, update in updates.items():
+    for name, update in run.adapter.updates.items():
         there = run.family.name_of(name)
         tensors[f"{there}.lora_a"] = update.a
         tensors[f"{there}.lora_b"] = run.family.rows_of(name, update.b)
-    for name, tensor in tensors.items():
-        _announce(writer, name, tuple(tensor.shape), kind)
-    _begin_tensors(writer)
-    for name, tensor in tensors.items():
-        _write(writer, name, tensor, kind)
-    writer.close()
+    alpha = _alpha(next(iter(run.adapter.updates.values())))
+    with closing(_writer(run, file, kind, run.name)) as writer:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+        for name, tensor in tensors.items():
+            _announce(writer, name, tuple(tensor.shape), kind)
+        _begin_tensors(writer)
+        for name, tensor in tensors.items():
+            _write(writer, name, tensor, kind)
 
 
 def _alpha(update: Update) -> float:

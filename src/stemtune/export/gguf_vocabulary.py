@@ -1,10 +1,11 @@
 """A tokenizer as llama.cpp keeps it: its tokens, their kinds, and how a text is cut before.
 
 llama.cpp knows its ways of cutting by name alone. A name is written only for a tokenizer whose own
-rules are, word for word, those behind that name; any other is refused.
+rules are those behind that name, letter for letter; any other is refused.
 """
 
 import json
+import logging
 import re
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from stemtune.data.records import Message
 from stemtune.data.renderer import Renderer, special_ids
 from stemtune.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 # What `tokenizers` cuts by; the patterns as they stand in `tokenizer.json`.
 GPT2 = "ByteLevel"  # a pattern of its own
@@ -40,6 +43,11 @@ NAMED_CUTS: dict[tuple[tuple[str, ...], bool], str] = {
 BLANK = "▁"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 UNUSED_SCORE = -1e6
+# In a model of this name special tokens swallow the blanks behind them, all but these: llama.cpp
+# goes by the name, and fails to load a model that lacks any of those it looks for.
+GREEDY_NAME = re.compile("phi-?3", re.IGNORECASE)
+NOT_GREEDY = {"<unk>", "<s>", "<|endoftext|>"}
+LOOKED_FOR = {"</s>", *NOT_GREEDY}
 # A chat template that prompts by the last text alone. It looks at the others, too: what a template
 # does not look at, llama.cpp puts into the user's turn.
 PLAIN = (
@@ -59,6 +67,7 @@ class Vocabulary:
         merges: of `gpt2`, best first.
         scores: of `llama`, by id.
         blank_first: of `llama`: whether a text, and what follows a special token, gets a blank.
+        greedy: whether special tokens swallow the blanks behind them, as Phi-3's do.
     """
 
     model: str
@@ -68,6 +77,12 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list[str])
     scores: list[float] = field(default_factory=list[float])
     blank_first: bool = False
+    greedy: bool = False
+
+    def name_for(self, name: str) -> str:
+        """A model's name, such that llama.cpp reads out of it whether its tokens are greedy."""
+        without = GREEDY_NAME.sub("phi", name)
+        return f"Phi-3-{without}" if self.greedy else without
 
     def add_to(self, writer: GGUFWriter, renderer: Renderer) -> None:
         """Write it, with its special tokens and the chat template of training."""
@@ -119,9 +134,7 @@ def vocabulary_of(renderer: Renderer, rows: int, where: str) -> Vocabulary:
     if not tokenizer.is_fast:
         raise _refusal("the tokenizer has no tokenizer.json", where)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
-    stripped = [t["content"] for t in spec["added_tokens"] if _is_greedy(t)]
-    if stripped:
-        raise _refusal(f"llama.cpp keeps the blanks around {stripped[0]!r}", where)
+    greedy = _are_greedy(spec, where)
     model = spec["model"]
     odd = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if model["type"] != "BPE" or odd:
@@ -130,12 +143,12 @@ def vocabulary_of(renderer: Renderer, rows: int, where: str) -> Vocabulary:
     pairs: list[list[str]] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     if not model.get("byte_fallback"):
         merges = [" ".join(pair) for pair in pairs]
-        return Vocabulary("gpt2", _cut(spec, where), tokens, kinds, merges)
+        return Vocabulary("gpt2", _cut(spec, where), tokens, kinds, merges, greedy=greedy)
     if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
         raise _refusal("the tokenizer has no tokens for all bytes", where)
     first = _blank_first(spec, renderer, where)
     scores = _scores(pairs, tokens, where)
-    return Vocabulary("llama", "default", tokens, kinds, scores=scores, blank_first=first)
+    return Vocabulary("llama", "default", tokens, kinds, [], scores, first, greedy)
 
 
 def _refusal(what: str, where: str) -> ModelError:
@@ -143,8 +156,16 @@ def _refusal(what: str, where: str) -> ModelError:
     return ModelError(what, where=where, hint=hint)
 
 
-def _is_greedy(token: dict[str, Any]) -> bool:
-    return token["lstrip"] or token["rstrip"] or token["single_word"]
+def _are_greedy(spec: dict[str, Any], where: str) -> bool:
+    """Whether special tokens swallow the blanks behind them: all of them, but for those that
+    llama.cpp leaves out, or none."""
+    added = {token["content"]: token for token in spec["added_tokens"]}
+    greedy = {text for text, token in added.items() if token["rstrip"]}
+    odd = {text for text, token in added.items() if token["lstrip"] or token["single_word"]}
+    known = set(added) | set(spec["model"]["vocab"])
+    if odd or (greedy and (greedy != added.keys() - NOT_GREEDY or not known >= LOOKED_FOR)):
+        raise _refusal(f"llama.cpp keeps the blanks around {min(odd | greedy)!r}", where)
+    return bool(greedy)
 
 
 def _tokens(
@@ -185,6 +206,8 @@ def _cut(spec: dict[str, Any], where: str) -> str:
     name = NAMED_CUTS.get((cuts, bool(spec["model"].get("ignore_merges"))))
     if name is None:
         raise _refusal(f"llama.cpp has no name for how this tokenizer cuts: {cuts}", where)
+    if name == "tekken":  # its pattern there knows no marks
+        log.warning("llama.cpp cuts words with combining marks a little otherwise")
     return name
 
 
