@@ -36,8 +36,9 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_is_there(command: tuple[str, ...], tmp_path: Path) -> None:
-    verb, *arguments = command
-    shown = stemtune_here(verb, "--help", cwd=tmp_path)
+    verbs = command[: 2 if command[0] == "export" else 1]
+    arguments = command[len(verbs) :]
+    shown = stemtune_here(*verbs, "--help", cwd=tmp_path)
     assert shown.code == 0, shown.err
     options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", shown.out))
     assert {a.partition("=")[0] for a in arguments if a.startswith("-")} <= options

@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
         ("data", {"data", "config", "errors", "tree", "cache", "network"}),
         (
             "export",
-            {"export", "model", "config", "errors", "redact", "network", "rundir"},
+            {"export", "model", "data", "config", "errors", "redact", "network", "rundir"},
         ),
         ("model", {"model", "config", "errors", "tree", "kernels", "rundir", "cache", "network"}),
     ],

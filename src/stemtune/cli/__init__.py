@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from stemtune import __version__
-from stemtune.cli import chat, check, env, eval_, init, merge, push, serve, train
+from stemtune.cli import chat, check, env, eval_, export, init, merge, push, serve, train
 from stemtune.cli.common import is_first_process, quieten_libraries
 from stemtune.errors import Interrupted, StemtuneError
 from stemtune.redact import redacted
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.add_typer(export.app, name="export")
 app.command("push")(push.push)
 app.command("serve")(serve.serve)
 app.command("env")(env.env)

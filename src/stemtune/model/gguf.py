@@ -13,6 +13,13 @@ log = logging.getLogger(__name__)
 SUFFIX = ".gguf"
 
 
+def require_package(where: str) -> None:
+    """Raises: ModelError, if the package gguf is missing."""
+    if find_spec("gguf") is None:
+        hint = "pip install 'stemtune[gguf]'"
+        raise ModelError("a GGUF file needs the package gguf", where=where, hint=hint)
+
+
 def require_file(file: Path) -> None:
     """Refuse what is no GGUF file, without reading it whole.
 
@@ -20,9 +27,7 @@ def require_file(file: Path) -> None:
         ModelError: there is none, it can't be read, or the package gguf is missing.
     """
     where = str(file)
-    if find_spec("gguf") is None:
-        hint = "pip install 'stemtune[gguf]'"
-        raise ModelError("a GGUF file needs the package gguf", where="model.base", hint=hint)
+    require_package("model.base")
     try:
         with file.open("rb") as opened:
             magic = opened.read(4)
