@@ -31,6 +31,7 @@ INSTALL = {
 }
 TEMPLATE_FILE = "chat_template.jinja"
 EMBEDDINGS = ("lm_head", "embed_tokens", "embed_out", "wte")
+SERVERS = {"vllm": "vllm", "transformers": "transformers' server", "llama.cpp": "llama-server"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -131,7 +132,7 @@ def serve_command(
     refusals: list[ConfigError] = []
     for name in builders if engine == "auto" else [engine]:
         if name not in installed:
-            refusals.append(ConfigError(f"{name} is not installed", hint=INSTALL[name]))
+            refusals.append(ConfigError(f"{SERVERS[name]} is not installed", hint=INSTALL[name]))
             continue
         try:
             words, notes = builders[name]()
@@ -142,7 +143,8 @@ def serve_command(
         notes = [*passed_over, *notes, *_notes(run, address)]
         return Command(name, [installed[name], *words], notes)
     what = "; ".join(error.what for error in refusals)
-    raise ConfigError(what, where=str(run.folder), hint=refusals[0].hint)
+    hint = refusals[0].hint if passed_over else "; or ".join(error.hint for error in refusals)
+    raise ConfigError(what, where=str(run.folder), hint=hint)
 
 
 def _vllm(run: Run, address: Address) -> tuple[list[str], list[str]]:
