@@ -16,18 +16,15 @@ from torch import Tensor
 
 from stemtune import checkpoint, lower, reference
 from stemtune.config import Config
-from stemtune.data.memories import MEMORIES_FILE, memory_lines
 from stemtune.data.prepare import Part, Prepared, prepare
-from stemtune.data.renderer import Renderer
 from stemtune.data.survey import Survey, survey
 from stemtune.data.templates import set_template
-from stemtune.errors import DivergedError, Interrupted, StemtuneError
-from stemtune.export.card import Known, adapter_card
-from stemtune.export.curves import pictures
-from stemtune.export.hub import login, push, push_command
+from stemtune.errors import DivergedError, Interrupted
+from stemtune.export.card import Known
+from stemtune.export.hub import login, push
 from stemtune.figures import held_out_figures, losses_by_record
-from stemtune.generate import generation_config
 from stemtune.guards import SpikeWatch, all_finite, is_finite, unreached
+from stemtune.handover import adapter_files, data_facts, push_finished
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
 from stemtune.metrics import (
@@ -51,11 +48,9 @@ from stemtune.model.load import (
 )
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
-from stemtune.model.names import CARD
 from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
-from stemtune.network import first_line
 from stemtune.objectives import Objective, Term, Totals, terms_of
 from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.steps import plan_steps
@@ -75,7 +70,6 @@ from stemtune.saver import Saver, require_space
 from stemtune.score import Scorer
 from stemtune.setup import MemoryPlan, checked_backend, resolved
 from stemtune.step import Outcome, Step, StepRunner
-from stemtune.tree.logprobs import base_model
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -325,7 +319,8 @@ class Trainer:
             peak = int(peak_memory(self.device) * 2**20) - self.memory["used"]
             self.folder.write(memory={**self.memory, "peak": peak})
             self.folder.write(phase="done", state="done")
-            self._push()
+            if self.ranks.is_first:
+                push_finished(self.folder.path, self.config.output)
             return result
         finally:
             self.saver.close()
@@ -610,14 +605,8 @@ class Trainer:
         of generation, and a model card."""
         lines = read_metrics(self.folder.path / "metrics.jsonl")
         step = self.progress.step if self._held_step is None else self._held_step
-        renderer = Renderer(self.tokenizer, self.config.data.template)
-        files: dict[str, str | bytes] = {
-            CARD: adapter_card(Known(self.resolved, self.folder.info, lines, step)),
-            **pictures(lines),
-            "generation_config.json": generation_config(base_model(self.model), renderer),
-        }
-        if self.data.memories:
-            files[MEMORIES_FILE] = memory_lines(self.data.memories)
+        known = Known(self.resolved, self.folder.info, lines, step)
+        files = adapter_files(known, self.model, self.tokenizer, self.data.memories)
         save_adapter(self.model, self.tokenizer, Path(folder), self.resolved, files)
 
     def push_to_hub(
@@ -656,28 +645,10 @@ class Trainer:
             exclude=exclude,
         )
 
-    def _push(self) -> None:
-        """As `output.push_to_hub` says. The run is done: a push that fails, or is interrupted, is
-        no failure of the run."""
-        output = self.config.output
-        if output.push_to_hub is None or not self.ranks.is_first:
-            return
-        private = output.hub_private_repo
-        try:
-            log.info("pushed: %s", self.push_to_hub(output.push_to_hub, private=private))
-        except (Exception, KeyboardInterrupt) as error:
-            again = push_command(self.folder.path, output.push_to_hub, private=private)
-            hint = f" ({error.hint})" if isinstance(error, StemtuneError) and error.hint else ""
-            log.warning("the run is done, but not pushed: %s%s", first_line(error), hint)
-            log.warning("to push it: %s", again)
-
     def _write_facts(self) -> None:
         """The resolved run file, and in `run.json` what the data gave."""
         write_text(self.folder.path / "config.yaml", dump_config(self.resolved))
-        ledger = self.data.ledger
         self.folder.write(
-            fingerprint=self.data.fingerprint,
-            data=self.data.train.survey.sources(),
             base={
                 "name": self.config.model.base,
                 "revision": self.resolved.model.revision,
@@ -688,15 +659,7 @@ class Trainer:
             attention=self.scorer.backend,
             memory=self.memory,
             steps=len(self.plan),
-            ledger={
-                "rows": ledger.rows,
-                "train_records": len(self.data.train),
-                "eval_records": len(self.data.eval),
-                "num_refused": ledger.num_refused,
-                "refused": [vars(refusal) for refusal in ledger.refused],
-                "formats": ledger.formats,
-                "notes": ledger.notes,
-            },
+            **data_facts(self.data),
         )
 
     # -- small things -------------------------------------------------------------------------

@@ -277,6 +277,8 @@ def test_a_session(terminal: Terminal, run: Path, tmp_path: Path) -> None:
     terminal.until(r"\nI know not\.\n")
     terminal.enter("/regne")
     terminal.until("there is no command /regne\nhint: did you mean /regen")
+    terminal.enter("/temp 1")
+    terminal.until("there is no command /temp\nhint: did you mean /temperature")
     terminal.enter("/regen")
     terminal.until("the temperature is 0: it will be the same\nI know not")
     terminal.enter("/prompt")

@@ -414,7 +414,7 @@ def test_a_push_that_fails_is_no_failed_run(
         def interrupt(*_arguments: object, **_options: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("stemtune.trainer.push", interrupt)
+        monkeypatch.setattr("stemtune.handover.push", interrupt)
     write_run_file(tmp_path, tiny_base)
     settings = [*SHORT, f"output.push_to_hub={NAME}", "output.hub_private_repo=false"]
     done = stemtune_here("train", "run.yaml", *settings, cwd=tmp_path)

@@ -103,7 +103,8 @@ class _Talk:
         name, *rest = re.split(r"\s+", text[1:].rstrip(), maxsplit=1)
         command = self.commands.get(name)
         if command is None:
-            near = difflib.get_close_matches(name, list(self.commands), 1)
+            begun = [one for one in self.commands if name and one.startswith(name)]
+            near = begun or difflib.get_close_matches(name, list(self.commands), 1)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them."
             what = f"there is no command /{printable(name)}"
             raise ConfigError(what, hint=f"{hint} To say it, begin with a blank")
