@@ -143,7 +143,9 @@ def test_no_shell_and_no_pickle_anywhere() -> None:
     files = sorted(source.rglob("*.py"))
     found = {path: path.read_text(encoding="utf-8") for path in files}
     assert len(found) > 50
-    assert not [(path.name, word) for path, text in found.items() for word in words if word in text]
+    hits = {(path.name, word) for path, text in found.items() for word in words if word in text}
+    # An engine that somebody installed is started: by a list of words, and by no shell.
+    assert hits == {("serve.py", "subprocess")}
 
 
 # -- paths ----------------------------------------------------------------------------------------

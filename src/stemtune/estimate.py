@@ -1,5 +1,6 @@
 """What a run will take of the device's memory, from the base's config alone."""
 
+import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -19,7 +20,7 @@ from stemtune.model.blueprint import (
     size_of,
 )
 from stemtune.model.live import LiveBytes, without_numbers
-from stemtune.model.load import choose_dtype
+from stemtune.model.load import base_source, choose_dtype
 from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
 from stemtune.tree.build import Tree
@@ -95,7 +96,7 @@ class Activations:
 
 class Estimator:
     """Estimates runs on a device, whose dtype is known: see `with_dtype`. What they have in common
-    is simulated once.
+    is simulated once in a process, however many runs it makes.
 
     Args:
         device: it need not be there.
@@ -103,7 +104,6 @@ class Estimator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._simulations: dict[str, Simulation] = {}
 
     def of(self, config: Config, tree: Tree) -> Estimate:
         """Of a run, with this tree as its largest micro-batch.
@@ -146,10 +146,14 @@ class Estimator:
         """Of a run; that of another one, if it differs in nothing that matters here."""
         dtype = dtype_of(config)
         checkpointing = config.train.activation_checkpointing
-        key = f"{config.model.base} {config.adapter!r} {dtype} {checkpointing}"
-        if key not in self._simulations:
-            self._simulations[key] = Simulation(config, dtype)
-        return self._simulations[key]
+        source = base_source(config.model, weights=False)
+        shape = (source / "config.json").read_bytes()
+        key = f"{source} {shape!r} {config.adapter!r} {dtype} {checkpointing}"
+        if key not in SIMULATIONS:
+            if len(SIMULATIONS) == MOST_SIMULATIONS:
+                SIMULATIONS.clear()
+            SIMULATIONS[key] = Simulation(config, dtype)
+        return SIMULATIONS[key]
 
 
 def with_dtype(config: Config, device: torch.device) -> Config:
@@ -188,7 +192,7 @@ class Simulation:
         self.dense = max((size_of([weight]) for weight in linear), default=0)
         self.trained_blocks, self.other_blocks = adapted_blocks(self.model)
         self._mode = without_numbers(self.model)
-        self._found: dict[tuple[Tree, str], Activations] = {}
+        self._found: dict[str, Activations] = {}
 
     @property
     def blocks(self) -> int:
@@ -208,9 +212,10 @@ class Simulation:
         Raises:
             NoEstimateError: see there.
         """
-        if (tree, backend) not in self._found:
-            self._found[tree, backend] = self._simulate(tree, backend)
-        return self._found[tree, backend]
+        key = f"{_content(tree)} {backend}"
+        if key not in self._found:
+            self._found[key] = self._simulate(tree, backend)
+        return self._found[key]
 
     def _simulate(self, tree: Tree, backend: str) -> Activations:
         """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
@@ -243,6 +248,16 @@ class Simulation:
         if few[1] == 2:
             kept += (self.trained_blocks - 2) * (marks[sum(few) - 1] - marks[sum(few) - 2])
         return Activations(kept, passing)
+
+
+SIMULATIONS: dict[str, Simulation] = {}
+MOST_SIMULATIONS = 32
+
+
+def _content(tree: Tree) -> str:
+    """Equal for equal trees."""
+    arrays = [tree.input_ids, *tree.paths, tree.target_source, tree.target_id, tree.target_sequence]
+    return hashlib.sha256(b"|".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def state_bytes(sizes: Seq[int], optimizer: str, device: torch.device) -> int:

@@ -316,7 +316,8 @@ class Trainer:
                 self._train_steps()
             with self.folder.phase("saving"):
                 result = self._finish()
-            peak = int(peak_memory(self.device) * 2**20) - self.memory["used"]
+            # The system counts pages in batches: what was used may seem more than the most ever.
+            peak = max(0, int(peak_memory(self.device) * 2**20) - self.memory["used"])
             self.folder.write(memory={**self.memory, "peak": peak})
             self.folder.write(phase="done", state="done")
             if self.ranks.is_first:
