@@ -14,7 +14,7 @@ from stemtune import fit
 from stemtune.config import Config
 from stemtune.data.prepare import prepare
 from stemtune.data.survey import survey
-from stemtune.estimate import with_dtype
+from stemtune.estimate import SIMULATIONS, with_dtype
 from stemtune.fit import Fit, Workload
 from stemtune.report.memory import memory_of
 from tests.cli.command import Outcome, refused, stemtune_here
@@ -227,6 +227,7 @@ def test_no_size(tmp_path: Path, tiny_base: Path, text: str) -> None:
 
 
 def test_weights_are_not_needed(tmp_path: Path, tiny_base: Path) -> None:
+    SIMULATIONS.clear()  # a model that ran before keeps a few bytes
     base = tmp_path / "base"
     base.mkdir()
     for file in tiny_base.iterdir():
@@ -237,4 +238,4 @@ def test_weights_are_not_needed(tmp_path: Path, tiny_base: Path) -> None:
         for name, folder in (("whole", tiny_base), ("bare", base))
     )
     found = [json.loads(one.out)["memory"]["estimate"] for one in (whole, bare)]
-    assert found[0] == pytest.approx(found[1], rel=0.01)  # a model that ran before keeps a little
+    assert found[0] == found[1] is not None

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any, get_type_hints
 from unittest.mock import patch
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stemtune as st
 from stemtune.cli.chat import chat as command
@@ -241,6 +244,13 @@ class Terminal:
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return before
 
+    def look(self, seconds: float) -> None:
+        """Take what is shown in that time."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.end], [], [], 0.1)[0]:
+                self.shown += self._read()
+
     def _read(self) -> str:
         try:
             text = os.read(self.end, 4096).decode(errors="replace")
@@ -290,16 +300,11 @@ def test_a_session(terminal: Terminal, run: Path, tmp_path: Path) -> None:
     terminal.until(r"temperature 7\.0")
     terminal.enter("/top_p 2")
     terminal.until("2 is out of bounds\nhint: a number from 0 to 1")
-    terminal.enter("/max_new_tokens 2000000")
-    terminal.until("max_new_tokens 2000000")
-    shown = terminal.until("you>")
-    while "what was said so far is kept" not in shown:  # else the reply had ended by itself
-        terminal.type('"""Can it\rbe taught?"""\r')
-        terminal.until(r'taught\?"""\n')
-        shown = terminal.until(r"[^>]{60}|you>")
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        shown = shown if "you>" in shown else terminal.until("you>")
-    terminal.type("/load said.jsonl\r")
+    terminal.enter("/max_new_tokens 5")
+    terminal.until("max_new_tokens 5")
+    terminal.enter('"""Can it\rbe taught?"""')
+    terminal.until(r'taught\?"""\n')
+    terminal.enter("/load said.jsonl")
     terminal.until("3 messages")
     terminal.enter("/system")
     terminal.until("You are Socrates")
@@ -320,6 +325,44 @@ def test_a_session(terminal: Terminal, run: Path, tmp_path: Path) -> None:
     history = tmp_path / "cache" / "chat_history"
     assert "+What is virtue?" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o077 == 0
+
+
+def that_never_ends(run: Path, folder: Path) -> Path:
+    """A copy of the run's adapter, on a copy of its base that never ends a turn: that token's logit
+    is 0, and of hundreds of random ones the largest is not."""
+    copy = folder / "endless"
+    shutil.copytree(run / "adapter", copy)
+    settings = json.loads((copy / "stemtune.json").read_text(encoding="utf-8"))
+    base = shutil.copytree(settings["model"]["base"], folder / "endless-base")
+    settings["model"]["base"] = str(base)
+    (copy / "stemtune.json").write_text(json.dumps(settings), encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    end = AutoTokenizer.from_pretrained(base).eos_token_id
+    with torch.no_grad():
+        model.get_output_embeddings().weight[end] = 0
+    model.save_pretrained(base)
+    return copy
+
+
+def test_ctrl_c_stops_a_reply(run: Path, tmp_path: Path) -> None:
+    copy = that_never_ends(run, tmp_path)
+    greedy = ["--base", "--temperature", "0", "--max-new-tokens", "2000000"]
+    terminal = Terminal(tmp_path, "chat", copy, *greedy)
+    terminal.enter("Can it be taught?")
+    terminal.until(r"taught\?\n")
+    # The editor, which may still be putting itself away, would take the first one.
+    for _ in range(30):
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        terminal.look(seconds=1)
+        if "what was said so far is kept" in terminal.shown:
+            break
+    terminal.until("what was said so far is kept")
+    terminal.until("you>")
+    terminal.type("/undo\r")
+    terminal.until("taken back: Can it be taught")
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.end)
 
 
 def test_two_replies_side_by_side_and_ctrl_c_twice(run: Path, tmp_path: Path) -> None:
