@@ -2,30 +2,36 @@
 
     OMP_NUM_THREADS=1 python benchmarks/estimate.py
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --rounds 3 --only "bf16, 512"
+    python benchmarks/estimate.py --device cuda      # a random base of 1.2 billion weights
 
 Each setting runs in a process of its own: `stemtune.Trainer` with a run file's settings, its
 largest micro-batch and two steps. *predicted* is what the run wrote to run.json before weights
 were loaded. *measured* is the peak resident set of the steps, less what was resident before
-weights were loaded; *loading* is the peak until the steps begin, less the same.
+weights were loaded; *loading* is the peak until the steps begin, less the same. On a GPU
+*measured* is what torch's allocator had reserved at the most, and CUDA's context beside it.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from base import random_base
 from workload import ROOT
 
 import stemtune as st
 from stemtune.config import Config
 from stemtune.model.memory import peak_memory
 
+AT_ONCE = 6  # processes on a GPU
 HAMLET = str(ROOT / "src/stemtune/starter/hamlet.jsonl")
 PAIRS = str(ROOT / "examples/hamlet_preferences.jsonl")
 SETTINGS = [
@@ -47,9 +53,23 @@ SETTINGS = [
     "bf16, 2048, nf4, checkpointing, 8-bit optimizer",
     "fp32, 1024, int8",
 ]
+ON_GPU = [
+    "bf16, 2048",
+    "bf16, 4096",
+    "bf16, 4096, pairs",
+    "bf16, 4096, checkpointing",
+    "bf16, 8192, checkpointing",
+    "bf16, 4096, offload",
+    "bf16, 4096, upper half, r 64",
+    "bf16, 4096, 8-bit optimizer, r 64",
+    "bf16, 2048, nf4",
+    "bf16, 4096, nf4, checkpointing",
+    "bf16, 2048, int8",
+    "fp32, 2048",
+]
 
 
-def config_of(setting: str, folder: str) -> Config:
+def config_of(setting: str, folder: str, device: str, base: str) -> Config:
     """The run file of a setting; its second word is the budget of a micro-batch."""
     words = setting.split(", ")
     data: dict[str, Any] = {"path": HAMLET, "character": "HAMLET", "samples": "dialogue"}
@@ -59,22 +79,23 @@ def config_of(setting: str, folder: str) -> Config:
     if "no dropout" in words:
         adapter["dropout"] = 0.0
     if "upper half" in words:
-        adapter["layers"] = 15
+        adapter["layers"] = 15 if base == "smollm2" else 8
     values: dict[str, Any] = {
         "model": {
-            "base": "smollm2",
+            "base": base,
             "dtype": "float32" if words[0] == "fp32" else "bfloat16",
-            "device": "cpu",
+            "device": device,
             "quantization": next((word for word in words if word in ("nf4", "int8")), None),
             "attention": "padded" if "separate sequences" in words else "auto",
         },
         "adapter": adapter,
         "data": {**data, "eval_fraction": 0.0, "batching": "record"},
         "train": {
-            "batch_size": 10,
+            "batch_size": 10 if device == "cpu" else 32,
             "max_steps": 2,
             "micro_batch_tokens": int(words[1]),
             "activation_checkpointing": "checkpointing" in words,
+            "activation_offload": "offload" in words,
             "optimizer": "adamw_8bit" if "8-bit optimizer" in words else "adamw",
         },
         "output": {"dir": folder},
@@ -86,41 +107,79 @@ def config_of(setting: str, folder: str) -> Config:
     return Config.model_validate(values)
 
 
-def measure(setting: str) -> dict[str, float]:
+def measure(setting: str, device: str, base: str) -> dict[str, float]:
     """MB, predicted and measured, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(setting, str(Path(folder) / "run"))
+        config = config_of(setting, str(Path(folder) / "run"), device, base)
         trainer = st.Trainer(config)
-        loading = peak_memory(torch.device("cpu"))
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # a new high-water mark
+        loading = peak_memory(torch.device(device))
+        context = 0.0
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # a new high-water mark
         trainer.runner.rehearse(trainer.data.train.longest_records(config.train.batch_size))
         run = trainer.train().output_dir
-        peak = peak_memory(torch.device("cpu"))
+        peak = peak_memory(torch.device(device))
         found = json.loads((run / "run.json").read_text(encoding="utf-8"))["memory"]
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     before = found["used"] / 1e6
+    measured = peak * 2**20 / 1e6 - before
+    if device == "cuda":
+        context = float(os.environ["STEMTUNE_BENCH_CONTEXT"])
+        measured = torch.cuda.max_memory_reserved() / 1e6 + context
     return {
         **{name: size / 1e6 for name, size in found["estimate"].items() if name != "tokens"},
         "tokens": found["estimate"]["tokens"],
-        "measured": peak * 2**20 / 1e6 - before,
+        "measured": measured,
+        "allocated": peak * 2**20 / 1e6,
+        "context": context,
         "loading": loading * 2**20 / 1e6 - before,
+        "loss": [json.loads(line).get("loss") for line in lines],
     }
 
 
-def in_own_process(setting: str) -> dict[str, float]:
+def cuda_context() -> float:
+    """MB that a process takes of a GPU before its first tensor and with cuBLAS awake, while nothing
+    else changes there."""
+    code = (
+        "import torch; torch.cuda.init(); free, total = torch.cuda.mem_get_info();"
+        "x = torch.ones(64, 64, device='cuda').bfloat16(); x @ x; torch.cuda.synchronize();"
+        "print(free - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved(), total - free)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    return sum(map(int, output.stdout.split())) / 1e6
+
+
+def in_own_process(setting: str, device: str, base: str) -> dict[str, float]:
     """The same in a fresh interpreter."""
     command = [sys.executable, str(Path(__file__)), "--setting", setting]
+    command += ["--device", device, "--base", base]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def report(settings: list[str], rounds: int, path: Path | None) -> None:
-    """A table, setting by setting; of several rounds the median."""
+def report(settings: list[str], options: argparse.Namespace, base: str) -> None:
+    """A table, setting by setting; of several rounds the median. On a GPU, whose allocators don't
+    see one another, some at a time."""
+    rounds, path, device = options.rounds, options.json, options.device
+    with ThreadPoolExecutor(1 if device == "cpu" else AT_ONCE) as pool:
+        runs = {
+            setting: [pool.submit(in_own_process, setting, device, base) for _ in range(rounds)]
+            for setting in settings
+        }
     print("| setting | tokens | predicted MB | measured MB | range | difference | loading MB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     figures: dict[str, Any] = {}
     for setting in settings:
         print(f"{setting} …", file=sys.stderr, flush=True)
-        found = [in_own_process(setting) for _ in range(rounds)]
+        try:
+            found = [run.result() for run in runs[setting]]
+        except subprocess.CalledProcessError as error:
+            print(f"| {setting} | exit code {error.returncode} |", flush=True)
+            continue
         figures[setting] = found
         measured = [one["measured"] for one in found]
         median, predicted = statistics.median(measured), found[0]["total"]
@@ -136,17 +195,25 @@ def report(settings: list[str], rounds: int, path: Path | None) -> None:
 
 def main() -> None:
     """One setting in this process, or several in their own."""
+    every = [*SETTINGS, *ON_GPU]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--base", help="by default SmolLM2, on a GPU a random one")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each setting")
-    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--only", nargs="+", choices=every)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--setting", choices=SETTINGS, help="run this one, in this process")
+    parser.add_argument("--setting", choices=every, help="run this one, in this process")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT, of transformers
     if options.setting:
-        print(json.dumps(measure(options.setting)))
-    else:
-        report(options.only, options.rounds, options.json)
+        print(json.dumps(measure(options.setting, options.device, options.base)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base = options.base or "smollm2"
+        if options.device == "cuda":
+            base = options.base or random_base(Path(folder))
+            os.environ["STEMTUNE_BENCH_CONTEXT"] = str(cuda_context())
+        report(options.only or (SETTINGS if options.device == "cpu" else ON_GPU), options, base)
 
 
 if __name__ == "__main__":

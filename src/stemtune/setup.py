@@ -32,8 +32,15 @@ def checked_backend(model: PeftModel, wanted: str, sequences: Seq[Sequence]) -> 
     """
     base = base_model(model)
     backend = choose_backend(wanted, base.device, base.dtype, base.config)
-    if backend == "padded":
-        return backend
+    others = ["segments"] if wanted == "auto" and backend != "segments" else []
+    for way in [backend, *others]:  # not every GPU runs the fastest one
+        if way == "padded" or _is_exact(model, sequences, way):
+            return way
+    log.warning("training runs padded, nothing is shared")
+    return "padded"
+
+
+def _is_exact(model: PeftModel, sequences: Seq[Sequence], backend: str) -> bool:
     with autocast(model):
         verdict = self_check(model, sequences, backend)
     if verdict.passed:
@@ -42,12 +49,13 @@ def checked_backend(model: PeftModel, wanted: str, sequences: Seq[Sequence]) -> 
             verdict.difference,
             verdict.bound,
         )
-        return backend
-    log.warning(
-        "the tree is not exact on this model (%s): training runs padded, nothing is shared",
-        verdict.reason or f"differs by {verdict.difference:.1e}, allowed {verdict.bound:.1e}",
-    )
-    return "padded"
+    else:
+        log.warning(
+            "the tree is not exact on this model, by %s (%s)",
+            backend,
+            verdict.reason or f"differs by {verdict.difference:.1e}, allowed {verdict.bound:.1e}",
+        )
+    return verdict.passed
 
 
 class MemoryPlan:

@@ -29,7 +29,7 @@ def test_frozen_head(
     size: float, biased: bool, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the blocks; and with logits in the hundreds, whose exponentials would overflow."""
-    monkeypatch.setattr(head, "BLOCK", block)
+    monkeypatch.setitem(head.BLOCKS, "cpu", block)
     hidden, weight = size * random(7, 5, seed=0), random(VOCAB, 5, seed=1)
     bias = random(VOCAB, seed=2) if biased else None
     above = random(ROWS.numel(), seed=3)
@@ -47,7 +47,7 @@ def test_frozen_head(
 
 @pytest.mark.parametrize("block", [(3, 4), (2048, 4096)])
 def test_without_a_gradient(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "BLOCK", block)
+    monkeypatch.setitem(head.BLOCKS, "cpu", block)
     hidden, weight = random(7, 5, seed=0), random(VOCAB, 5, seed=1)
     scores = head_logprobs(hidden, weight, None, ROWS, TOKENS)
     assert largest_error(scores, formula(hidden.double(), weight, None)) < 1e-5

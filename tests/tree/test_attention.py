@@ -96,7 +96,7 @@ def flash(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What FlashAttention documents: packed sequences [ΣL, H, D] with cumulated lengths, and a
     window (left, right) that is aligned to the bottom right corner."""
@@ -141,7 +141,8 @@ def test_varlen_arrays(case: str) -> None:
     seen = visible(tree, None)
     keys, ends_q, ends_k, longest_q, longest_k = TreeLayout(tree, "varlen", CPU).varlen
     paths = [seen[segment.end - 1] for segment in tree.segments]
-    assert keys.tolist() == [index for path in paths for index in path]
+    expected = [index for path in paths for index in path]
+    assert (list(range(tree.num_distinct)) if keys is None else keys.tolist()) == expected
     assert ends_q.tolist() == [0, *(segment.end for segment in tree.segments)]
     assert ends_k.diff().tolist() == [len(path) for path in paths]
     assert longest_q == max(segment.end - segment.start for segment in tree.segments)
@@ -180,28 +181,6 @@ def test_flex_through_a_model(family: str) -> None:
     with torch.no_grad():
         logps = st.target_logprobs(tiny_model(family), build_tree(sequences), "flex")
         assert largest_error(logps, one_by_one(oracle, sequences)) < 1e-5
-
-
-half_on_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="varlen needs CUDA and half precision: no GPU here"
-)
-
-
-@half_on_cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_varlen_on_cuda_is_as_near_to_the_truth_as_eager(family: str, dtype: torch.dtype) -> None:
-    def on_cuda(**options: Any) -> Any:
-        return with_lora(tiny_model(family, hidden_size=128, **options).to("cuda", dtype))
-
-    sequences = random_sequences(stem=300, branch=50)
-    eager = on_cuda(attn_implementation="eager")
-    model, truth = on_cuda(), on_cuda(attn_implementation="eager").double()
-    logps = [st.target_logprobs(model, build_tree(sequences), "varlen")]
-    logps += [one_by_one(oracle, sequences) for oracle in (eager, truth)]
-    grads = [gradient(m, x) for m, x in zip((model, eager, truth), logps, strict=True)]
-    assert 0 < relative_error(logps[0], logps[2]) < 2 * relative_error(logps[1], logps[2])
-    assert 0 < relative_error(grads[0], grads[2]) < 2 * relative_error(grads[1], grads[2])
 
 
 @pytest.mark.parametrize(

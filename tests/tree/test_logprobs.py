@@ -90,7 +90,7 @@ def test_a_small_soft_cap_is_seen() -> None:
 
 @backends
 def test_chunks_change_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "BLOCK", (3, 5))
+    monkeypatch.setitem(head.BLOCKS, "cpu", (3, 5))
     model = with_lora(tiny_model("llama"))
     oracle = with_lora(tiny_model("llama", attn_implementation="eager")).double()
     logps = st.target_logprobs(model, build_tree(EVERYTHING), backend)

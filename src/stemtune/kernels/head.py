@@ -10,7 +10,9 @@ from torch import Tensor
 
 from stemtune.kernels.linear import linear
 
-BLOCK = (2048, 4096)  # rows and tokens of the vocabulary at once: 32 MB of logits in fp32
+# Rows and tokens of the vocabulary at once: on a CPU 32 MB of logits in fp32, which a cache holds;
+# on a GPU what keeps it busy.
+BLOCKS = {"cpu": (2048, 4096), "cuda": (2048, 16384)}
 
 
 def head_logprobs(
@@ -41,9 +43,10 @@ class _FrozenHead(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         scores = torch.empty(rows.numel(), dtype=torch.float32, device=hidden.device)
         parts: list[Tensor] = []
-        for start in range(0, hidden.shape[0], BLOCK[0]):
-            here = torch.nonzero((rows >= start) & (rows < start + BLOCK[0])).squeeze(1)
-            chunk = hidden[start : start + BLOCK[0]].to(weight.dtype)
+        count = _block_of(hidden)[0]
+        for start in range(0, hidden.shape[0], count):
+            here = torch.nonzero((rows >= start) & (rows < start + count)).squeeze(1)
+            chunk = hidden[start : start + count].to(weight.dtype)
             local = rows[here] - start
             scores[here], expected = _chunk(chunk, weight, bias, local, tokens[here], needs_grad)
             parts.append(expected)
@@ -75,11 +78,13 @@ def _chunk(
     norm = torch.full((states.shape[0], 1), float("-inf"), device=states.device)
     expected = norm.new_zeros(states.shape if needs_grad else (0,))
     wanted = norm.new_empty(rows.numel())
-    for start in range(0, weight.shape[0], BLOCK[1]):
-        block = weight[start : start + BLOCK[1]]
-        logits = linear(states, block, None if bias is None else bias[start : start + BLOCK[1]])
-        here = torch.nonzero((tokens >= start) & (tokens < start + BLOCK[1])).squeeze(1)
-        wanted[here] = logits[rows[here], tokens[here] - start].float()
+    count = _block_of(states)[1]
+    for start in range(0, weight.shape[0], count):
+        block = weight[start : start + count]
+        logits = linear(states, block, None if bias is None else bias[start : start + count])
+        # All of them, and those that are elsewhere left out: a GPU need not tell which these are.
+        place = (tokens - start).clamp(0, logits.shape[1] - 1)
+        wanted = torch.where(place == tokens - start, logits[rows, place].float(), wanted)
         # On CPUs softmax is one fused pass; exp, which logsumexp calls, takes ten times as long.
         # The likeliest token's logit less its log-probability is the logarithm of the sum too.
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -90,3 +95,7 @@ def _chunk(
             expected.lerp_(mean.float(), torch.sigmoid(own - norm))
         norm = torch.logaddexp(norm, own)
     return wanted - norm[rows, 0], expected
+
+
+def _block_of(states: Tensor) -> tuple[int, int]:
+    return BLOCKS.get(states.device.type, BLOCKS["cpu"])

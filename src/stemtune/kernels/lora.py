@@ -57,7 +57,7 @@ class _LoraLinear(torch.autograd.Function):
             dense = weight()
             rows = as_rows(x, dense.dtype)
             inner = rows if dropped is None else as_rows(dropped, dense.dtype)
-            a_, b_ = a.to(dense.dtype), (b * scale).to(dense.dtype)
+            a_, b_ = a.to(dense.dtype), _scaled(b, scale, dense.dtype)
             low = linear(inner, a_)
             y = linear(rows, dense, bias).addmm_(low, b_.t())
         ctx.save_for_backward(inner, low, a_, b_)
@@ -73,8 +73,8 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(grads[0].device.type, enabled=False):
             above = as_rows(grads[0], a.dtype)
             update = torch.mm(above, b)
-            to_a = torch.mm(update.t(), inner).to(a_dtype)
-            to_b = torch.mm(above.t(), low).to(a_dtype).mul_(ctx.scale)
+            to_a = _product(update.t(), inner, a_dtype)
+            to_b = _product(above.t(), low, a_dtype).mul_(ctx.scale)
             to_x = to_dropped = None
             if ctx.needs_input_grad[0]:
                 to_x = linear(above, ctx.weight().t())
@@ -84,3 +84,15 @@ class _LoraLinear(torch.autograd.Function):
             if ctx.has_dropout and ctx.needs_input_grad[1]:
                 to_dropped = torch.mm(update, a).view(shape).to(x_dtype)
         return to_x, to_dropped, None, None, to_a, to_b, None
+
+
+def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Times a number, rounded once, in one pass."""
+    return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in the dtype of its weight. A GPU's product can give more bits than it takes."""
+    if left.is_cuda and left.dtype != dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)

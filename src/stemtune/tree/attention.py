@@ -12,6 +12,7 @@ its path (ancestors and itself) m.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from stemtune.kernels import segments
+from stemtune.kernels.gather import gather
 from stemtune.kernels.segments import SegmentPath
 from stemtune.tree.build import Tree
 
@@ -65,30 +67,22 @@ class TreeLayout:
         return torch.from_numpy(self.tree.position_ids).to(self.device)
 
     @cached_property
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Gathered keys [Σm], cumulated lengths of queries and keys [segments + 1], and the
-        longest of both."""
+    def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+        """Gathered keys [Σm] (None where these are the packed tokens as they are), cumulated
+        lengths of queries and keys [segments + 1], and the longest of both."""
         keys = [torch.arange(*part) for path in self.paths for part in path]
         n = [segment.end - segment.start for segment in self.tree.segments]
         m = [segment.depth + length for segment, length in zip(self.tree.segments, n, strict=True)]
         sizes = [torch.tensor([0, *x]).cumsum(0).to(torch.int32).to(self.device) for x in (n, m)]
-        return torch.cat(keys).to(self.device), sizes[0], sizes[1], max(n), max(m)
+        gathered = torch.cat(keys).to(self.device) if sum(m) > self.tree.num_distinct else None
+        return gathered, sizes[0], sizes[1], max(n), max(m)
 
     def flex_mask(self, window: int | None) -> Any:
         """FlexAttention's block mask."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        from stemtune.tree.blockmask import block_mask
 
-        end, position = self.subtree_end, self.position_ids
-
-        def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            mask = (k <= q) & (q < end[k])
-            return mask if window is None else mask & (position[q] - position[k] < window)
-
-        size = self.tree.num_distinct
         if window not in self._flex_masks:
-            self._flex_masks[window] = create_block_mask(
-                visible, None, None, size, size, device=self.device
-            )
+            self._flex_masks[window] = block_mask(self.tree, window, self.device)
         return self._flex_masks[window]
 
     @cached_property
@@ -193,21 +187,30 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     keys, ends_q, ends_k, longest_q, longest_k = tree.varlen
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    if keys is not None:
+        k, v = gather(k, keys), gather(v, keys)
+    # Before torch 2.12 it takes grouped heads without being told.
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _wants_gqa(varlen_attn) else {}
     result = varlen_attn(
-        q.contiguous(),
-        k[keys],
-        v[keys],
+        q,
+        k,
+        v,
         ends_q,
         ends_k,
         longest_q,
         longest_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(result, Tensor)
     return result[None]
+
+
+@cache
+def _wants_gqa(function: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(function).parameters
 
 
 def flex_attention(
