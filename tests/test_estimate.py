@@ -15,6 +15,7 @@ from stemtune.config import Adapter, Config, Model, Train
 from stemtune.estimate import Estimate, Estimator, NoEstimateError, state_bytes
 from stemtune.model.adapter import add_adapter, trainable
 from stemtune.model.blueprint import packed_bytes
+from stemtune.model.offload import offload
 from stemtune.optimizer import make_optimizer
 from stemtune.score import autocast
 from stemtune.tree.build import Tree, build_tree
@@ -163,6 +164,25 @@ def test_offloaded_activations_are_not_on_a_gpu(tmp_path: Path) -> None:
     config = config_of(describe(tmp_path), **settings)
     assert Estimator(torch.device("cuda")).of(config, branched()).activations == 0
     assert estimated(config, branched()).activations > 0
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_offloaded_weights_are_not_on_a_gpu(tmp_path: Path, count: int, layers: int | None) -> None:
+    base, adapter = describe(tmp_path), {"layers": layers}
+    plain, config = (
+        config_of(base, model={"device": "cuda", "offload_layers": n}, adapter=adapter)
+        for n in (None, count)
+    )
+    model = tiny_model("llama", **WIDE)
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    offload(model, count, torch.device("meta"))
+    there = sum(p.nbytes for p in model.parameters() if p.device.type == "meta")
+    largest = max(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+    whole, found = (Estimator(torch.device("cuda")).of(c, branched()) for c in (plain, config))
+    assert whole.base - found.base == before - there > 0
+    assert found.temporaries == whole.temporaries + largest
+    assert estimated(config, branched()) == estimated(plain, branched())
 
 
 def test_the_state_of_an_optimizer_in_8_bits() -> None:

@@ -132,6 +132,23 @@ def test_a_large_base_fits_10_gb(tmp_path: Path) -> None:
     assert f"train.micro_batch_tokens={budget}" in text
 
 
+def test_weights_are_offloaded_where_all_else_is_not_enough(tmp_path: Path) -> None:
+    path = on_gpu(tmp_path, described(tmp_path / "base", LLAMA_3_8B))
+    fitting, config = fit_of(path, CUDA, 7 * GB)
+    changes = fitting.advise(config, 4096)
+    last = dict(changes[-1].settings)
+    assert last.pop("train.micro_batch_tokens") % fit.SMALLEST == 0
+    assert last["model.offload_layers"] == 32 and "model.quantization" not in last
+    assert "adapter.layers" not in last and "data.max_length" not in last
+    assert changes[-1].total <= 7 * GB * fit.SAFE
+    # Where nf4 and the like are enough, it is not spoken of; nor to one who has a quantized base.
+    fitting, config = fit_of(path, CUDA, 12 * GB)
+    assert not any("model.offload_layers" in c.settings for c in fitting.advise(config, 4096))
+    packed = st.load_config(path, ["model.quantization=nf4", "model.dtype=bfloat16"])
+    fitting = Fit(fitting.work, CUDA, 7 * GB)
+    assert not any("model.offload_layers" in c.settings for c in fitting.advise(packed, 4096))
+
+
 def test_single_settings_that_are_enough(tmp_path: Path) -> None:
     path = run_file(tmp_path, described(tmp_path / "base", SMALL))
     everything, config = fit_of(path, CPU, 10**12)

@@ -43,6 +43,7 @@ def test_defaults(write) -> None:
             "dtype": "auto",
             "quantization": None,
             "double_quantization": True,
+            "offload_layers": None,
             "device": "auto",
             "attention": "auto",
         },

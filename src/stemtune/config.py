@@ -85,6 +85,9 @@ class Model(Section):
     are in `dtype`. Head, embeddings and norms stay as they are."""
     double_quantization: bool = True
     """Of nf4 and fp4: quantize their scales as well, 0.4 bits a weight less."""
+    offload_layers: Positive | None = None
+    """Keep the linear layers of this many of the lower blocks in the CPU's memory, from where each
+    comes to the GPU for its product, forward and backward: less memory, more time."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to run. `auto` takes the first of cuda, mps and cpu that is there."""
     attention: Literal["auto", "segments", "varlen", "flex", "padded"] = "auto"
@@ -94,6 +97,12 @@ class Model(Section):
     def _code_is_pinned(self) -> Self:
         if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError("trust_remote_code needs a model.revision of 40 hexadecimal digits")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_hold(self) -> Self:
+        if self.quantization and self.offload_layers:
+            raise ValueError("`quantization` and `offload_layers` exclude each other")
         return self
 
 
@@ -642,6 +651,8 @@ class Config(Section):
         start, packed = self.adapter.init_weights, self.model.quantization
         if start == "pissa" and packed:
             raise ValueError("adapter.init_weights: pissa needs a base that is not quantized")
+        if start == "pissa" and self.model.offload_layers:
+            raise ValueError("adapter.init_weights: pissa changes weights that are offloaded")
         if start == "loftq" and not packed:
             raise ValueError("adapter.init_weights: loftq needs a model.quantization")
         if start == "loftq" and self.has_reference:

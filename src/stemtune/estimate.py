@@ -14,6 +14,7 @@ from stemtune.model.blueprint import (
     adapted_blocks,
     blueprint,
     frozen,
+    offloadable_by_block,
     packed_bytes,
     quantizable,
     shortened,
@@ -116,7 +117,9 @@ class Estimator:
         found = simulation.activations(tree, self.backend(config))
         offload = config.train.activation_offload and self.device.type != "cpu"
         kept = 0.0 if offload else found.kept
-        passing = found.passing + (simulation.dense if config.model.quantization else 0)
+        away = config.model.offload_layers if self.device.type == "cuda" else None
+        brought = config.model.quantization or away
+        passing = found.passing + (simulation.dense if brought else 0)
         holes = HOLES[self.device.type] * (kept + passing)
         if config.train.activation_checkpointing:
             holes += HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
@@ -126,7 +129,7 @@ class Estimator:
         has_start = goes_on or config.adapter.init_weights == "pissa"
         start = simulation.adapter if has_start else 0  # a frozen copy
         return Estimate(
-            base=simulation.base(config.model) + start,
+            base=simulation.base(config.model) - simulation.offloaded(away or 0) + start,
             adapter=simulation.adapter,
             gradients=simulation.adapter,
             optimizer=state_bytes(simulation.sizes, config.train.optimizer, self.device),
@@ -190,6 +193,7 @@ class Simulation:
         self._shapes = [weight.shape for weight in linear]
         self.all_dense, self._frozen = size_of(linear), size_of(frozen(self.model))
         self.dense = max((size_of([weight]) for weight in linear), default=0)
+        self._of_blocks = offloadable_by_block(self.model)
         self.trained_blocks, self.other_blocks = adapted_blocks(self.model)
         self._mode = without_numbers(self.model)
         self._found: dict[str, Activations] = {}
@@ -205,6 +209,10 @@ class Simulation:
             return self._frozen
         packed = sum(packed_bytes(shape, config) for shape in self._shapes)
         return self._frozen - self.all_dense + packed
+
+    def offloaded(self, count: int) -> int:
+        """Bytes of the weights that wait in main memory, of so many blocks."""
+        return sum(self._of_blocks[:count])
 
     def activations(self, tree: Tree, backend: str) -> Activations:
         """Those of a micro-batch.

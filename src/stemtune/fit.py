@@ -19,6 +19,7 @@ LARGEST = {"cpu": 8192, "cuda": 65536, "mps": 8192}  # past these a larger tree 
 SAFE = 0.9  # of a memory: an estimate may be a tenth too low
 FALLBACK = 2048  # distinct tokens of a micro-batch where there is no estimate
 LOOKED_AT = 20  # steps, besides the one with the longest records
+OFFLOAD = "model.offload_layers"
 Settings = dict[str, Any]  # by name, as on the command line
 
 
@@ -127,7 +128,8 @@ class Fit:
     def advise(self, config: Config, budget: int) -> list[Change]:
         """What makes a run fit that does not: single settings, cheapest in time first; if none is
         enough, one after another, each line with those before it, until it fits. Empty if it never
-        does.
+        does. Weights are offloaded where all else that does not change what is learned is not
+        enough.
 
         Args:
             budget: its micro-batches.
@@ -137,6 +139,8 @@ class Fit:
         """
         alone = self._smaller_batches(config, {})
         for name, value in self._changes(config):
+            if name == OFFLOAD:  # the others together take less time
+                continue
             change = self._changed(config, {name: value}, budget)
             if change.total <= self.memory:
                 alone.append(change)
@@ -150,13 +154,17 @@ class Fit:
             yield "train.optimizer", "adamw_8bit"
         if config.model.dtype == "float32":
             yield "model.dtype", "bfloat16"
-        if config.model.quantization is None:
+        pissa = config.adapter.init_weights == "pissa"  # it writes into the base
+        if not (pissa or config.model.quantization or config.model.offload_layers):
             yield "model.quantization", "nf4"
         if not train.activation_checkpointing:
             yield "train.activation_checkpointing", True
         if on_gpu and not train.activation_offload:
             yield "train.activation_offload", True
         blocks = self._estimator.simulation(config).blocks
+        may_offload = on_gpu and not (pissa or config.model.quantization)
+        if may_offload and (config.model.offload_layers or 0) < blocks:
+            yield OFFLOAD, blocks
         if config.adapter.init_from is None and config.adapter.layers is None and blocks > 1:
             yield "adapter.layers", blocks // 2
         if self.work.longest > SMALLEST:
@@ -177,6 +185,8 @@ class Fit:
         chosen: Settings = {}
         for name, value in self._changes(config):
             chosen[name] = value
+            if name == OFFLOAD:  # the two exclude each other
+                chosen.pop("model.quantization", None)
             if self._fits(_with(config, chosen)):
                 break
         else:

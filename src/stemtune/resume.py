@@ -26,6 +26,7 @@ FREE = {
     "model.revision",  # a resumed run keeps its commit
     "model.dtype",
     "model.device",
+    "model.offload_layers",
     "model.attention",
     "train.micro_batch_tokens",
     "train.activation_checkpointing",

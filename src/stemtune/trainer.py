@@ -48,6 +48,7 @@ from stemtune.model.load import (
 )
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
+from stemtune.model.offload import require_gpu
 from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
@@ -178,6 +179,7 @@ class Trainer:
         self._held_step: int | None = None  # whose weights the model holds, if not the last one's
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
+        require_gpu(config.model, choose_device(config.model.device))
         self.start = require_adapter(config.adapter, config.model)
         lower.require_lower_blocks(config, self.ranks)
         require_trackers(config.tracking)

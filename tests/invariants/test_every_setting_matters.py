@@ -4,6 +4,7 @@ What the settings of `data` do is tested with the data.
 """
 
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from stemtune.data.survey import survey
 from stemtune.errors import ModelError
 from stemtune.evaluate import evaluate_run
 from stemtune.model.load import load_tokenizer
+from stemtune.model.offload import OffloadedLinear
 from stemtune.objectives import totals_of
 from stemtune.report.summary import summarise
 from stemtune.runfile import sections_in
@@ -319,6 +321,28 @@ def test_activation_checkpointing(tmp_path: Path, tiny_base: Path) -> None:
     assert column(folders[0], "loss") == pytest.approx(column(folders[1], "loss"), abs=1e-6)
     norms = [column(folder, "grad_norm") for folder in folders]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_offload_layers(
+    tmp_path: Path, tiny_base: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """On a CPU, which is refused otherwise: home and device are one, all else is as on a GPU. What
+    a GPU saves is tested in tests/model/test_offload.py."""
+    for module in ("stemtune.trainer", "stemtune.model.load"):
+        monkeypatch.setattr(f"{module}.require_gpu", lambda *_: None)
+    overrides = [f"model.offload_layers={count}", "train.save_steps=2"]
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *SHORT, *overrides))
+    names = [n for n, m in trainer.model.named_modules() if isinstance(m, OffloadedLinear)]
+    assert {name.split(".layers.")[1][0] for name in names} == {str(n) for n in range(count)}
+    assert len(names) == 7 * count
+    folder = trainer.train().output_dir
+    assert column(folder, "loss") == column(plain, "loss")
+    assert torch.equal(adapter_vector(folder), adapter_vector(plain))
+    # It decides nothing that is trained: a run may go on without it.
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    on = st.train(make_config(tmp_path, tiny_base, *SHORT, "train.save_steps=2"), resume=True)
+    assert torch.equal(adapter_vector(on.output_dir), adapter_vector(plain))
 
 
 @pytest.mark.parametrize("attention", ["segments", "padded"])

@@ -14,7 +14,7 @@ from stemtune.errors import ConfigError, ModelError
 from stemtune.model import quantized
 from stemtune.model.adapter import add_adapter, trainable
 from stemtune.model.load import load_model
-from stemtune.model.quantized import QuantizedLinear
+from stemtune.model.quantized import QuantizedLinear, require_trainable
 from tests.models import save_tiny_model
 from tests.runs import IGNORED, adapter_of, make_config, steps_of
 from tests.trees import CASES, gradient, largest_error, one_by_one, relative_error
@@ -247,6 +247,8 @@ def test_a_base_that_comes_in_nf4(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(ConfigError, match="quantized already") as found:
         held(tmp_path / "base", "nf4")
     assert found.value.where == "model.quantization"
+    with pytest.raises(ConfigError, match="can't be offloaded"):
+        require_trainable(tmp_path / "base", Model(base="base", offload_layers=1))
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def _compare(adapter: SavedAdapter, merged: Path) -> float | None:
     if free_memory(torch.device("cpu")) < 3 * size * 4 / _bytes_each(merged):
         log.warning("merged and unmerged logits are not compared: there is no memory for it")
         return None
-    updates: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    updates: dict[str, Any] = {"device": "cpu", "dtype": "float32", "offload_layers": None}
     if not adapter.rounds_base:
         updates["quantization"] = None
     base, _ = load_model(adapter.model.model_copy(update=updates))

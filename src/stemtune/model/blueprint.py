@@ -17,6 +17,7 @@ from stemtune.config import Adapter, Config, Model
 from stemtune.errors import ModelError
 from stemtune.model.adapter import adapter_folder, add_adapter
 from stemtune.model.load import base_source
+from stemtune.model.offload import offloadable
 from stemtune.model.targets import linear_layers
 from stemtune.tree.blocks import has_blocks
 from stemtune.tree.logprobs import base_model
@@ -103,6 +104,13 @@ def quantizable(model: PeftModel) -> list[torch.Tensor]:
     head = set(base.get_output_embeddings().modules())
     layers = [m for m in base.modules() if isinstance(m, nn.Linear) and m not in head]
     return [layer.weight for layer in layers if not layer.weight.requires_grad]
+
+
+def offloadable_by_block(model: PeftModel) -> list[int]:
+    """Bytes of each block's weights that `model.offload_layers` can keep in main memory."""
+    base = base_model(model)
+    blocks = base.get_decoder().layers if has_blocks(base) else []
+    return [size_of(layer.weight for _, _, layer in offloadable(block)) for block in blocks]
 
 
 def packed_bytes(shape: torch.Size, config: Model) -> int:

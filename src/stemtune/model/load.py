@@ -20,6 +20,7 @@ from transformers import (
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model import chatglm, gguf, hub, smollm2
+from stemtune.model.offload import offload, require_gpu
 from stemtune.model.processor import prepare_processor
 from stemtune.model.quantized import hold_packed, quantization, require_trainable
 
@@ -37,6 +38,7 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     started = time.perf_counter()
     device = choose_device(config.device)
+    require_gpu(config, device)
     if device.type == "cpu":
         prepare_processor()
     dtype = choose_dtype(config.dtype, device)
@@ -61,7 +63,9 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     model: PreTrainedModel = loaded[0]
     _require_whole(config, loaded[1])
     model.requires_grad_(False)
-    if packed is None:
+    if config.offload_layers is not None:
+        offload(model, config.offload_layers, device)
+    elif packed is None:
         model.to(device)  # pyright: ignore[reportArgumentType]
     hold_packed(model)
     held = f", {config.quantization} weights" if config.quantization else ""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from stemtune.kernels.linear import as_rows, linear
 from stemtune.kernels.lora import lora_linear
+from stemtune.model.offload import OffloadedLinear
 from stemtune.model.quantized import QuantizedLinear
 
 
 def use_fast_layers(config: LoraConfig) -> LoraConfig:
-    """Have PEFT make `FastLoraLinear` of every linear layer, plain or in few bits; others get
-    PEFT's own. The adapter and its file are the same."""
+    """Have PEFT make `FastLoraLinear` of every linear layer, plain, in few bits or offloaded.
+    Others get PEFT's own. The adapter and its file are the same."""
     # PEFT wants a class; what it does is to call it, and to go on where that gives None.
     mapping = cast(dict[type[nn.Module], type[nn.Module]], {nn.Linear: _fast_layer})
     # Documented under "custom models", underscore or not.
@@ -29,7 +30,7 @@ def _fast_layer(
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     plain = type(layer) is nn.Linear and layer.weight.is_floating_point()
     if (
-        not (plain or isinstance(layer, QuantizedLinear))
+        not (plain or isinstance(layer, QuantizedLinear | OffloadedLinear))
         or config.fan_in_fan_out
         or kwargs.get("parameter_name")
     ):
@@ -44,24 +45,26 @@ class FastLoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         base = cast(nn.Linear, self.get_base_layer())
-        packed = isinstance(base, QuantizedLinear)
-        dtype = base.dtype if packed else base.weight.dtype
+        away = isinstance(base, QuantizedLinear | OffloadedLinear)  # made anew for each product
+        dtype = base.dtype if away else base.weight.dtype
         if args or kwargs or self.merged or not _one_dtype(x, dtype):
             return super().forward(x, *args, **kwargs)
         names = (
             [] if self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
         )
-        if not names and not torch.is_grad_enabled() and not packed:
+        if not names and not torch.is_grad_enabled() and not away:
             rows = as_rows(x, dtype)
             return linear(rows, base.weight, base.bias).view(*x.shape[:-1], -1)
-        if len(names) != 1 or names[0] in self.lora_variant or base.weight.requires_grad:
+        if len(names) != 1 or names[0] in self.lora_variant:
+            return super().forward(x)
+        if not away and base.weight.requires_grad:
             return super().forward(x)
         a, b = cast(nn.Linear, self.lora_A[names[0]]), cast(nn.Linear, self.lora_B[names[0]])
         if b.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             return super().forward(x)
         dropout = self.lora_dropout[names[0]]
         dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
-        weight = base.dense if packed else lambda: base.weight
+        weight = base.dense if away else lambda: base.weight
         return lora_linear(
             x, dropped, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
         )

@@ -104,7 +104,7 @@ def require_trainable(folder: Path, config: Model) -> None:
 
     Raises:
         ModelError: with the reason.
-        ConfigError: it comes quantized, and is to be quantized again.
+        ConfigError: it comes quantized, and is to be quantized again, or offloaded.
     """
     method = comes_quantized(folder)
     if not method:
@@ -116,6 +116,9 @@ def require_trainable(folder: Path, config: Model) -> None:
     if config.quantization is not None:
         hint = "leave model.quantization out"
         raise ConfigError("the base comes quantized already", where=WHERE, hint=hint)
+    if config.offload_layers is not None:
+        what = "a base that comes quantized can't be offloaded"
+        raise ConfigError(what, where="model.offload_layers", hint="leave it out")
     require_bitsandbytes("model.base")
 
 

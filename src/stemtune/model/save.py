@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
 from stemtune.model.adapter import load_onto
-from stemtune.model.load import load_model
+from stemtune.model.load import choose_device, load_model
 from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
 from stemtune.rundir import write_text
@@ -114,7 +114,10 @@ def load_adapter(
         ModelError: not an adapter of stemtune's.
     """
     config, prompt = read_settings(folder)
-    base, tokenizer = load_model(config.model_copy(update={"device": device}))
+    changes: dict[str, Any] = {"device": device}
+    if choose_device(device).type != "cuda":  # it may have been trained on one
+        changes["offload_layers"] = None
+    base, tokenizer = load_model(config.model_copy(update=changes))
     model = load_onto(base, folder)
     model.eval()
     return model, tokenizer, prompt
