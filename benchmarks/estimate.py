@@ -60,6 +60,7 @@ ON_GPU = [
     "bf16, 4096, checkpointing",
     "bf16, 8192, checkpointing",
     "bf16, 4096, offload",
+    "bf16, 2048, checkpointing, weights elsewhere",
     "bf16, 4096, upper half, r 64",
     "bf16, 4096, 8-bit optimizer, r 64",
     "bf16, 2048, nf4",
@@ -86,6 +87,7 @@ def config_of(setting: str, folder: str, device: str, base: str) -> Config:
             "dtype": "float32" if words[0] == "fp32" else "bfloat16",
             "device": device,
             "quantization": next((word for word in words if word in ("nf4", "int8")), None),
+            "offload_layers": 16 if "weights elsewhere" in words else None,
             "attention": "padded" if "separate sequences" in words else "auto",
         },
         "adapter": adapter,
@@ -212,7 +214,8 @@ def main() -> None:
         base = options.base or "smollm2"
         if options.device == "cuda":
             base = options.base or random_base(Path(folder))
-            os.environ["STEMTUNE_BENCH_CONTEXT"] = str(cuda_context())
+            if "STEMTUNE_BENCH_CONTEXT" not in os.environ:
+                os.environ["STEMTUNE_BENCH_CONTEXT"] = str(cuda_context())
         report(options.only or (SETTINGS if options.device == "cpu" else ON_GPU), options, base)
 
 

@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --models llama-8b --works windows,pair_700 --ways flex,plain,trl
     python benchmarks/gpu.py --device cpu --models tiny --rounds 1    # a trial of the file
 
-One file: it needs torch, transformers, peft and stemtune, no data and no network. Weights and tokens
-are random; the works have the lengths and the sharing of benchmarks/sft.py and dpo.py. A step is
-forward and backward through LoRA (r 16 on attention and MLP) on a frozen base in bfloat16, or in NF4
-(`--held nf4`, where bitsandbytes is there), in micro-batches of `--budget` tokens:
+One file: it needs torch, transformers, peft and stemtune, no data and no network. Weights and
+tokens are random; the works have the lengths and the sharing of benchmarks/sft.py and dpo.py. A
+step is forward and backward through LoRA (r 16 on attention and MLP) on a frozen base in bfloat16,
+or in NF4 (`--held nf4`, where bitsandbytes is there), in micro-batches of `--budget` tokens:
 
 - stemtune's back ends: the step's tree. `alone`: the one that `auto` takes, each sequence a tree of
   its own, packed without padding: the same execution without the sharing.
@@ -430,7 +430,7 @@ def line_of(row: dict[str, Any]) -> str:
     if "median" not in row:
         return f"{head} refused: {row['refused']} |"
     low, high = min(row["seconds"]), max(row["seconds"])
-    ratio = f"{row['to_best_peer']:.2f}x" if row["to_best_peer"] else ""
+    ratio = f"{row['to_best_peer']:.2f}x" if "to_best_peer" in row else ""
     return (
         f"{head} {row['median']:.4f} | {low:.4f}-{high:.4f} | {ratio} | {row['share']:.0%} |"
         f" {row.get('peak_mib', 0):,.0f} |"
