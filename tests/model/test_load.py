@@ -77,6 +77,23 @@ def test_a_name_that_is_no_base(name: str) -> None:
         require_base(Model(base=name))
 
 
+def test_a_base_of_the_hub_that_can_not_be_trained_on(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are not even downloaded; a check says it, too."""
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "awq"}
+    (base / "config.json").write_text(json.dumps(values))
+
+    def fetch(_wanted: Model, *, weights: bool = True) -> Path:
+        assert not weights
+        return base
+
+    monkeypatch.setattr(load.hub, "fetch", fetch)
+    with pytest.raises(ModelError, match="comes quantized by awq"):
+        st.load_model(Model(base="some/awq-model", device="cpu"))
+
+
 def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json") as raised:
         require_base(config(tmp_path))
@@ -104,10 +121,11 @@ def nonsense(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, empty, nonsense, Path.unlink])
 def test_a_spoiled_base(base: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(base / name)
-    with pytest.raises(ModelError, match="can't load") as raised:
+    with pytest.raises(ModelError, match=r"can't load|there are no weights here") as raised:
         st.load_model(config(base))
-    assert raised.value.exit_code == 3
-    assert "\n" not in raised.value.what and len(raised.value.what) > len(f"can't load {base}")
+    assert raised.value.exit_code == 3 and raised.value.hint
+    said = raised.value.what.removeprefix(f"can't load {str(base)!r}: ")
+    assert said and "\n" not in said
 
 
 def without_a_weight(tensors: dict[str, torch.Tensor]) -> None:

@@ -40,9 +40,9 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if device.type == "cpu":
         prepare_processor()
     dtype = choose_dtype(config.dtype, device)
+    require_trainable(base_source(config, weights=False), config)  # before they are downloaded
     source = base_source(config)
     hub.require_plain_weights(source, config.allow_pickled)
-    require_trainable(source, config)
     packed = quantization(config, dtype)
     more: dict[str, Any] = {}
     if packed is not None:
