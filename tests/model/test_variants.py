@@ -146,6 +146,26 @@ def test_patterns() -> None:
         find_targets(model, ["q_proj", "layers.2.*"])
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "qwen3_moe"])
+@pytest.mark.parametrize("wanted", ["auto", "all-linear"])
+def test_experts_are_left_alone(family: str, wanted: str) -> None:
+    """Whatever else a block or a shared expert has by the names of theirs: PEFT takes these for
+    the experts, and neither drops out nor knows DoRA there."""
+    adapter = Adapter(r=4, dropout=0.1, use_dora=True, target_modules=wanted)
+    model = add_adapter(tiny_model(family), adapter, seed=0)
+    lora: Any = model.peft_config["default"]
+    assert not lora.target_parameters
+    assert not any(".experts." in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("wanted", ["gate_proj", ["shared_experts.*", "q_a_proj"], "*_proj"])
+def test_what_peft_takes_for_experts_is_refused(wanted: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"PEFT takes .*gate_proj.* for the experts") as found:
+        find_targets(tiny_model("deepseek_v3"), wanted)
+    assert found.value.where == "adapter.target_modules"
+    assert "q_a_proj" in found.value.hint and "gate_proj" not in found.value.hint
+
+
 def test_a_whole_name_is_that_layer_alone() -> None:
     adapter = Adapter(r=4, target_modules=["layers.1.self_attn.q_proj"])
     assert set(trainable(add_adapter(tiny_model("llama"), adapter, seed=0))) == {
