@@ -14,6 +14,7 @@ import stemtune as st
 from stemtune.config import Adapter
 from stemtune.errors import ConfigError
 from stemtune.model.adapter import add_adapter, trainable
+from stemtune.model.serving import serving_notes
 from stemtune.model.targets import find_targets
 from tests.models import save_tiny_model, tiny_model
 from tests.runs import IGNORED, adapter_of, make_config, run_info, steps_of
@@ -213,27 +214,34 @@ def test_layers_that_no_gradient_reaches_are_said(
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("overrides", "words"),
     [
-        ("adapter.use_dora=true", ["vLLM", "llama.cpp", "DoRA"]),
-        ("adapter.modules_to_save=[lm_head]", ["vLLM", "llama.cpp", "lm_head"]),
-        ("adapter.use_rslora=true", ["llama.cpp", "scale"]),
-        ("adapter.r=520", ["vLLM", "512"]),
-        ("adapter.r=16", []),
+        (["adapter.use_dora=true"], ["vLLM", "llama.cpp", "DoRA"]),
+        (["adapter.modules_to_save=[lm_head]"], ["vLLM", "llama.cpp", "lm_head"]),
+        (["adapter.use_rslora=true"], ["llama.cpp", "scale"]),
+        (["adapter.r=520"], ["vLLM", "512"]),
+        (["adapter.init_weights=loftq", "model.quantization=nf4"], ["rounded base"]),
+        (["adapter.r=16"], []),
     ],
 )
 def test_what_an_engine_would_refuse_is_said_before(
     tmp_path: Path,
     tiny_base: Path,
     caplog: pytest.LogCaptureFixture,
-    override: str,
+    overrides: list[str],
     words: list[str],
 ) -> None:
-    trainer = st.Trainer(make_config(tmp_path, tiny_base, override))
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides))
     trainer.folder.release()
     said = [record.message for record in caplog.records if "serving" in record.message]
     assert bool(said) == bool(words)
     assert all(word in said[0] for word in words)
+
+
+def test_the_rank_that_pissa_leaves() -> None:
+    """Twice that of training: an engine has to take so much."""
+    assert serving_notes(Adapter(r=256, init_weights="pissa")) == []
+    assert "512" in serving_notes(Adapter(r=257, init_weights="pissa"))[0]
 
 
 # -- optimizers -------------------------------------------------------------------------------
