@@ -39,7 +39,9 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
         left_out = {*ROUTERS, *(OF_MAMBA if _is_mamba(model) else ())}
         chosen = [n for n in others if IN_A_BLOCK.search(n) and _last(n) not in left_out]
     else:
-        chosen = _named(linear, [wanted] if isinstance(wanted, str) else wanted)
+        names = [wanted] if isinstance(wanted, str) else wanted
+        _require_in_blocks(model, names)
+        chosen = _named(linear, names)
         _require_no_experts(chosen, others)
     if not chosen:
         hint = "name some in adapter.target_modules"
@@ -58,6 +60,17 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     ]
+
+
+def _require_in_blocks(model: PreTrainedModel, wanted: list[str]) -> None:
+    """Refuse head and embeddings by their names: an update of theirs is served by none."""
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {_last(name) for name, module in model.named_modules() if module in ends}
+    outside = [one for one in wanted if one in names]
+    if outside:
+        what = f"{', '.join(outside)}: head and embeddings are no targets"
+        hint = f"adapter.modules_to_save: [{', '.join(outside)}] trains them whole"
+        raise ConfigError(what, where="adapter.target_modules", hint=hint)
 
 
 def _is_mamba(model: PreTrainedModel) -> bool:
