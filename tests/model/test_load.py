@@ -146,7 +146,8 @@ def test_weights_that_are_not_all_there(base: Path, change: Callable[[Any], None
         st.load_model(config(base))
 
 
-def test_a_missing_shard(base: Path) -> None:
+def in_two_files(base: Path) -> Path:
+    """The base's weights in two files with an index; returns the second."""
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -157,10 +158,23 @@ def test_a_missing_shard(base: Path) -> None:
     weight_map = {name: file for file, mine in parts.items() for name in mine}
     index = {"metadata": {}, "weight_map": weight_map}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    return base / "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("damage", [cut, empty, nonsense, Path.unlink])
+def test_a_spoiled_shard_is_named(base: Path, damage: Callable[[Path], None]) -> None:
+    second = in_two_files(base)
     assert st.load_model(config(base))
-    (base / "model-00002-of-00002.safetensors").unlink()
+    damage(second)
     with pytest.raises(ModelError, match="model-00002-of-00002"):
         st.load_model(config(base))
+
+
+def test_a_base_without_a_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ModelError) as found:
+        st.load_model(config(base))
+    assert "\n" not in found.value.what and not found.value.what.endswith(":")
 
 
 def test_more_ids_than_embeddings(tmp_path: Path, base: Path) -> None:
@@ -218,6 +232,10 @@ def test_pickled_weights_run_nothing(base: Path, tmp_path: Path) -> None:
     for allowed, said in ((False, "pickled"), (True, "can't load")):
         with pytest.raises(ModelError, match=said):
             st.load_model(config(base, allow_pickled=allowed))
+    with pytest.raises(ModelError) as found:
+        st.load_model(config(base, allow_pickled=True))
+    assert "nothing of them was run" in str(found.value)
+    assert "weights_only" not in str(found.value)  # torch advises to switch that off
     assert not (tmp_path / "canary").exists()
 
 
