@@ -215,6 +215,22 @@ def without_estimate(folder: Path) -> Path:
     return write_run_file(folder, folder / "base")
 
 
+def test_a_base_that_trains_padded(tmp_path: Path) -> None:
+    """It has an estimate, of padded micro-batches, and is said to share nothing."""
+    from tests.models import save_tiny_model
+
+    save_tiny_model(tmp_path / "base", "mamba")
+    path = write_run_file(tmp_path, tmp_path / "base")
+    shown = stemtune_here("check", path, "model.attention=auto", cwd=tmp_path)
+    assert shown.code == 0 and "it fits" in shown.out
+    assert "it trains padded: its attention takes no function from outside" in shown.out
+    found = [
+        json.loads(stemtune_here("check", path, "--json", wanted, cwd=tmp_path).out)["memory"]
+        for wanted in ("model.attention=auto", "model.attention=padded")
+    ]
+    assert found[0]["estimate"] == found[1]["estimate"] and found[0]["padded"]
+
+
 def test_a_base_without_an_estimate(tmp_path: Path) -> None:
     path = without_estimate(tmp_path)
     shown = stemtune_here("check", path, cwd=tmp_path)

@@ -26,6 +26,7 @@ from stemtune.score import autocast
 from stemtune.tree.attention import choose_backend
 from stemtune.tree.build import Tree
 from stemtune.tree.logprobs import base_model, target_logprobs
+from stemtune.tree.support import why_no_tree
 
 # What no tensor of ours accounts for, as measured on CPUs by benchmarks/estimate.py. Those of GPUs
 # are the CUDA context's usual size and a caching allocator's usual slack: nobody measured them yet.
@@ -141,8 +142,10 @@ class Estimator:
         )
 
     def backend(self, config: Config) -> str:
-        """What `model.attention` comes to."""
+        """What `model.attention` comes to, also where the run finds out later: see `self_check`."""
         base = base_model(self.simulation(config).model)
+        if why_no_tree(base):
+            return "padded"
         return choose_backend(config.model.attention, self.device, dtype_of(config), base.config)
 
     def simulation(self, config: Config) -> "Simulation":

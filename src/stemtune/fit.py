@@ -12,7 +12,9 @@ from stemtune.data.prepare import Part
 from stemtune.estimate import Estimate, Estimator
 from stemtune.plan.pack import count_distinct, pack
 from stemtune.tree.build import Tree, build_tree
+from stemtune.tree.logprobs import base_model
 from stemtune.tree.sequence import Sequence
+from stemtune.tree.support import why_no_tree
 
 SMALLEST = 512  # distinct tokens of a micro-batch
 LARGEST = {"cpu": 8192, "cuda": 65536, "mps": 8192}  # past these a larger tree is not faster
@@ -105,6 +107,10 @@ class Fit:
         shared = self._estimator.backend(config) != "padded"
         tree = self.work.largest(budget, shared=shared, max_length=config.data.max_length)
         return self._estimator.of(config, tree)
+
+    def why_padded(self, config: Config) -> str:
+        """Why nothing is shared on this base; empty if a tree can be."""
+        return why_no_tree(base_model(self._estimator.simulation(config).model))
 
     def largest_budget(self, config: Config) -> int | None:
         """The most tokens of a micro-batch that fit, a multiple of `SMALLEST`, and no more than a

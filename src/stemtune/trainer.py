@@ -49,7 +49,7 @@ from stemtune.model.load import (
 from stemtune.model.loftq import start_from_residual
 from stemtune.model.memory import peak_memory
 from stemtune.model.offload import require_gpu
-from stemtune.model.quantized import require_bitsandbytes
+from stemtune.model.quantized import require_bitsandbytes, require_trainable
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
 from stemtune.objectives import Objective, Term, Totals, terms_of
@@ -194,6 +194,7 @@ class Trainer:
             with self.folder.phase("preparing data"):
                 saved = self._saved(resume)
                 self.config = _as_it_began(config, saved)
+                require_trainable(base_source(config.model, weights=False), config.model)
                 self.tokenizer = load_tokenizer(self.config.model)
                 set_template(self.tokenizer, config.data.template)  # it is saved with the adapter
                 self.data = self.ranks.after_first(lambda: self._prepared(surveyed))

@@ -296,6 +296,8 @@ def test_a_session(terminal: Terminal, run: Path, tmp_path: Path) -> None:
     assert "<|im_start|>user\nWhat is virtue?<|im_end|>\n<|im_start|>assistant\n" in shown
     terminal.enter("/save said.jsonl")
     terminal.until(r"saved: said\.jsonl")
+    terminal.enter("/top-p 0.9")
+    terminal.until("top_p 0.9")
     terminal.enter("/temperature 7")
     terminal.until(r"temperature 7\.0")
     terminal.enter("/top_p 2")

@@ -142,7 +142,10 @@ def test_before_a_run() -> None:
         ({"r": 300}, 320),
         ({"r": 512}, 512),
         ({"r": 513}, None),
+        ({"r": 8, "init_weights": "pissa"}, 16),  # it is saved with twice the rank
+        ({"r": 300, "init_weights": "pissa"}, None),
         ({"use_dora": True}, None),
+        ({"init_weights": "loftq"}, None),
         ({"modules_to_save": ["lm_head"]}, None),
     ],
 )
@@ -152,7 +155,8 @@ def test_engines_that_take_it(adapter: dict[str, Any], rank: int | None) -> None
     assert (f"--max-lora-rank {rank} " in card) == (rank is not None)
     assert ("vllm serve dane-merged" in card) == (rank is None)
     assert "stemtune export gguf dane" in card  # of which it makes whole models, too
-    refused = "use_dora" in adapter or "modules_to_save" in adapter
+    loftq = adapter.get("init_weights") == "loftq"
+    refused = "use_dora" in adapter or "modules_to_save" in adapter or loftq
     assert ("--adapter-only" in card) != refused
 
 

@@ -40,6 +40,13 @@ def test_an_unknown_target(wanted: str | list[str]) -> None:
     assert raised.value.hint == f"this base has {', '.join(LLAMA)}; or use auto"
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_head_and_embeddings_are_trained_whole(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: head and embeddings are no targets") as raised:
+        find_targets(tiny_model("llama"), ["q_proj", name])
+    assert raised.value.hint == f"adapter.modules_to_save: [{name}] trains them whole"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_adapter_is_fp32(dtype: torch.dtype) -> None:
     model = add_adapter(tiny_model("llama").to(dtype), Adapter(r=4), seed=0)

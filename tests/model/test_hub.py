@@ -217,6 +217,13 @@ def test_pickled_weights_are_refused_unless_asked_for(tmp_path: Path) -> None:
     hub.require_plain_weights(tmp_path, allow_pickled=True)
 
 
+def test_pickled_weights_that_were_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no weights here") as found:
+        hub.require_plain_weights(tmp_path, allow_pickled=False)
+    assert "model.allow_pickled" in found.value.hint
+
+
 def test_code_of_a_base_needs_a_pinned_revision() -> None:
     for revision in (None, "main", "v1", "0" * 39):
         with pytest.raises(ValueError, match="40 hexadecimal"):

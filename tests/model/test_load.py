@@ -77,6 +77,23 @@ def test_a_name_that_is_no_base(name: str) -> None:
         require_base(Model(base=name))
 
 
+def test_a_base_of_the_hub_that_can_not_be_trained_on(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are not even downloaded; a check says it, too."""
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "awq"}
+    (base / "config.json").write_text(json.dumps(values))
+
+    def fetch(_wanted: Model, *, weights: bool = True) -> Path:
+        assert not weights
+        return base
+
+    monkeypatch.setattr(load.hub, "fetch", fetch)
+    with pytest.raises(ModelError, match="comes quantized by awq"):
+        st.load_model(Model(base="some/awq-model", device="cpu"))
+
+
 def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json") as raised:
         require_base(config(tmp_path))
@@ -104,10 +121,11 @@ def nonsense(path: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, empty, nonsense, Path.unlink])
 def test_a_spoiled_base(base: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(base / name)
-    with pytest.raises(ModelError, match="can't load") as raised:
+    with pytest.raises(ModelError, match=r"can't load|there are no weights here") as raised:
         st.load_model(config(base))
-    assert raised.value.exit_code == 3
-    assert "\n" not in raised.value.what and len(raised.value.what) > len(f"can't load {base}")
+    assert raised.value.exit_code == 3 and raised.value.hint
+    said = raised.value.what.removeprefix(f"can't load {str(base)!r}: ")
+    assert said and "\n" not in said
 
 
 def without_a_weight(tensors: dict[str, torch.Tensor]) -> None:
@@ -128,7 +146,8 @@ def test_weights_that_are_not_all_there(base: Path, change: Callable[[Any], None
         st.load_model(config(base))
 
 
-def test_a_missing_shard(base: Path) -> None:
+def in_two_files(base: Path) -> Path:
+    """The base's weights in two files with an index; returns the second."""
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -139,10 +158,23 @@ def test_a_missing_shard(base: Path) -> None:
     weight_map = {name: file for file, mine in parts.items() for name in mine}
     index = {"metadata": {}, "weight_map": weight_map}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    return base / "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("damage", [cut, empty, nonsense, Path.unlink])
+def test_a_spoiled_shard_is_named(base: Path, damage: Callable[[Path], None]) -> None:
+    second = in_two_files(base)
     assert st.load_model(config(base))
-    (base / "model-00002-of-00002.safetensors").unlink()
+    damage(second)
     with pytest.raises(ModelError, match="model-00002-of-00002"):
         st.load_model(config(base))
+
+
+def test_a_base_without_a_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ModelError) as found:
+        st.load_model(config(base))
+    assert "\n" not in found.value.what and not found.value.what.endswith(":")
 
 
 def test_more_ids_than_embeddings(tmp_path: Path, base: Path) -> None:
@@ -200,6 +232,10 @@ def test_pickled_weights_run_nothing(base: Path, tmp_path: Path) -> None:
     for allowed, said in ((False, "pickled"), (True, "can't load")):
         with pytest.raises(ModelError, match=said):
             st.load_model(config(base, allow_pickled=allowed))
+    with pytest.raises(ModelError) as found:
+        st.load_model(config(base, allow_pickled=True))
+    assert "nothing of them was run" in str(found.value)
+    assert "weights_only" not in str(found.value)  # torch advises to switch that off
     assert not (tmp_path / "canary").exists()
 
 

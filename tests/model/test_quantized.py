@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stemtune as st
+from stemtune.cli.check import check
 from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model import quantized
@@ -16,7 +17,7 @@ from stemtune.model.adapter import add_adapter, trainable
 from stemtune.model.load import load_model
 from stemtune.model.quantized import QuantizedLinear, require_trainable
 from tests.models import save_tiny_model
-from tests.runs import IGNORED, adapter_of, make_config, steps_of
+from tests.runs import IGNORED, adapter_of, make_config, steps_of, write_run_file
 from tests.trees import CASES, gradient, largest_error, one_by_one, relative_error
 
 pytestmark = IGNORED
@@ -223,6 +224,32 @@ def test_a_base_that_comes_quantized_otherwise(
         held(base, None)
     assert found.value.where == str(base)
     assert found.value.hint == "take the base as it was before, with model.quantization: nf4"
+
+
+@pytest.mark.parametrize(
+    ("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
+)
+def test_a_base_that_says_so_in_a_file_of_its_own(tmp_path: Path, file: str, method: str) -> None:
+    """As the first tools wrote it."""
+    save_tiny_model(tmp_path)
+    (tmp_path / file).write_text('{"w_bit": 4}')
+    with pytest.raises(ModelError, match=f"comes quantized by {method}"):
+        held(tmp_path, None)
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_before_the_data_are_prepared(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    base = with_quantization_config(tmp_path / "base", tiny_base, {"quant_method": "awq"})
+    run_file = write_run_file(tmp_path, base)
+    monkeypatch.setattr("stemtune.data.prepare.prepare", None)
+    monkeypatch.setattr("stemtune.trainer.prepare", None)
+    with pytest.raises(ModelError, match="comes quantized by awq"):
+        if what == "check":
+            check(run_file)
+        else:
+            st.train(st.load_config(run_file))
 
 
 def test_a_base_that_comes_in_nf4(tmp_path: Path, tiny_base: Path) -> None:

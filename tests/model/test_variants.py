@@ -14,6 +14,7 @@ import stemtune as st
 from stemtune.config import Adapter
 from stemtune.errors import ConfigError
 from stemtune.model.adapter import add_adapter, trainable
+from stemtune.model.serving import serving_notes
 from stemtune.model.targets import find_targets
 from tests.models import save_tiny_model, tiny_model
 from tests.runs import IGNORED, adapter_of, make_config, run_info, steps_of
@@ -146,6 +147,26 @@ def test_patterns() -> None:
         find_targets(model, ["q_proj", "layers.2.*"])
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "qwen3_moe"])
+@pytest.mark.parametrize("wanted", ["auto", "all-linear"])
+def test_experts_are_left_alone(family: str, wanted: str) -> None:
+    """Whatever else a block or a shared expert has by the names of theirs: PEFT takes these for
+    the experts, and neither drops out nor knows DoRA there."""
+    adapter = Adapter(r=4, dropout=0.1, use_dora=True, target_modules=wanted)
+    model = add_adapter(tiny_model(family), adapter, seed=0)
+    lora: Any = model.peft_config["default"]
+    assert not lora.target_parameters
+    assert not any(".experts." in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("wanted", ["gate_proj", ["shared_experts.*", "q_a_proj"], "*_proj"])
+def test_what_peft_takes_for_experts_is_refused(wanted: str | list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"PEFT takes .*gate_proj.* for the experts") as found:
+        find_targets(tiny_model("deepseek_v3"), wanted)
+    assert found.value.where == "adapter.target_modules"
+    assert "q_a_proj" in found.value.hint and "gate_proj" not in found.value.hint
+
+
 def test_a_whole_name_is_that_layer_alone() -> None:
     adapter = Adapter(r=4, target_modules=["layers.1.self_attn.q_proj"])
     assert set(trainable(add_adapter(tiny_model("llama"), adapter, seed=0))) == {
@@ -193,27 +214,34 @@ def test_layers_that_no_gradient_reaches_are_said(
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("overrides", "words"),
     [
-        ("adapter.use_dora=true", ["vLLM", "llama.cpp", "DoRA"]),
-        ("adapter.modules_to_save=[lm_head]", ["vLLM", "llama.cpp", "lm_head"]),
-        ("adapter.use_rslora=true", ["llama.cpp", "scale"]),
-        ("adapter.r=520", ["vLLM", "512"]),
-        ("adapter.r=16", []),
+        (["adapter.use_dora=true"], ["vLLM", "llama.cpp", "DoRA"]),
+        (["adapter.modules_to_save=[lm_head]"], ["vLLM", "llama.cpp", "lm_head"]),
+        (["adapter.use_rslora=true"], ["llama.cpp", "scale"]),
+        (["adapter.r=520"], ["vLLM", "512"]),
+        (["adapter.init_weights=loftq", "model.quantization=nf4"], ["rounded base"]),
+        (["adapter.r=16"], []),
     ],
 )
 def test_what_an_engine_would_refuse_is_said_before(
     tmp_path: Path,
     tiny_base: Path,
     caplog: pytest.LogCaptureFixture,
-    override: str,
+    overrides: list[str],
     words: list[str],
 ) -> None:
-    trainer = st.Trainer(make_config(tmp_path, tiny_base, override))
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides))
     trainer.folder.release()
     said = [record.message for record in caplog.records if "serving" in record.message]
     assert bool(said) == bool(words)
     assert all(word in said[0] for word in words)
+
+
+def test_the_rank_that_pissa_leaves() -> None:
+    """Twice that of training: an engine has to take so much."""
+    assert serving_notes(Adapter(r=256, init_weights="pissa")) == []
+    assert "512" in serving_notes(Adapter(r=257, init_weights="pissa"))[0]
 
 
 # -- optimizers -------------------------------------------------------------------------------

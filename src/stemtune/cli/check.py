@@ -69,11 +69,13 @@ def _check(config: Config, show: int, as_json: bool, available: int | None) -> N
     if strict and surveyed.ledger.num_refused:  # said before anything slow is imported
         _stop(surveyed.ledger, as_json)
     from stemtune.data.prepare import prepare
-    from stemtune.model.load import load_tokenizer, require_base
+    from stemtune.model.load import base_source, load_tokenizer, require_base
+    from stemtune.model.quantized import require_trainable
     from stemtune.report.memory import memory_of
     from stemtune.report.summary import pieces, summarise
 
     require_base(config.model)
+    require_trainable(base_source(config.model, weights=False), config.model)
     tokenizer = load_tokenizer(config.model)
     data = prepare(surveyed, tokenizer, settings, answers=config.answers, gather=True)
     too_long = config.data.on_too_long != "drop"

@@ -41,6 +41,9 @@ def parse_size(text: str) -> int:
 def print_memory(memory: "Memory") -> None:
     """The estimate by part, whether it fits, and what to change."""
     found = memory.estimate
+    if memory.padded:
+        what = f"nothing is shared on this base, it trains padded: {memory.padded}"
+        out.print(Text(what, style="yellow"), soft_wrap=True)
     if found is None:
         out.print(f"memory: no estimate for this base ({memory.reason})", markup=False)
         return

@@ -23,6 +23,6 @@ def merge(
     from stemtune.export.merge import merge as write
 
     target = to or run / "merged"
-    difference = write(run, target, dtype)
-    told = "" if difference is None else f"; merged and unmerged logits differ by {difference:.1e}"
+    comparison = write(run, target, dtype)
+    told = "" if comparison is None else f"; {comparison}"
     out.print(f"{target}{told}", markup=False, soft_wrap=True)

@@ -101,6 +101,7 @@ class _Talk:
                 self._answer(self.session.say(text))
             return
         name, *rest = re.split(r"\s+", text[1:].rstrip(), maxsplit=1)
+        name = name.replace("-", "_")  # as on the command line
         command = self.commands.get(name)
         if command is None:
             begun = [one for one in self.commands if name and one.startswith(name)]

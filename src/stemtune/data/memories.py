@@ -1,6 +1,7 @@
 """Passages that are like the query, in the prompt of a character's turn."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,6 +49,10 @@ class Bm25:
     """
 
     def __init__(self, texts: Seq[str]) -> None:
+        # Where JAX is there, bm25s wakes it when imported; by itself it would take most of a GPU.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        import bm25s
+
         self.count = len(texts)
         self.index = bm25s.BM25()
         terms = [search_terms(text) for text in texts]

@@ -157,9 +157,9 @@ def export_gguf(run: Run, target: Path, kind: str, *, adapter_only: bool = False
         log.warning("what the character remembers stays behind: it answers without its memories")
     with written_whole(target) as temporary:
         merged = temporary.with_name("merged")
-        difference = merge(run.folder, merged, KINDS[kind].merged)
-        if difference is not None:
-            log.info("merged and unmerged logits differ by %.1e", difference)
+        comparison = merge(run.folder, merged, KINDS[kind].merged)
+        if comparison is not None:
+            log.info("%s", comparison)
         _write_model(run, merged, temporary, KINDS[kind], vocabulary, renderer)
 
 

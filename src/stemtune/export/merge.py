@@ -78,7 +78,26 @@ class SavedAdapter:
     rounds_base: bool
 
 
-def merge(run: Path, target: Path, dtype: str | None = None) -> float | None:
+@dataclass(frozen=True)
+class Comparison:
+    """Of the logits of a merged and an unmerged model, both computed in fp32.
+
+    Attributes:
+        difference: the largest.
+        largest: of the unmerged logits, either sign: what the difference is to be seen against.
+    """
+
+    difference: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"merged and unmerged logits differ by {self.difference:.1e} at most,"
+            f" and are up to {self.largest:.3g}"
+        )
+
+
+def merge(run: Path, target: Path, dtype: str | None = None) -> Comparison | None:
     """Write the base with the adapter of a run merged into it, as a model of its own.
 
     Args:
@@ -87,8 +106,7 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> float | None:
         dtype: of the merged weights; as the base's own, if not given.
 
     Returns:
-        The largest difference of a logit between merged and unmerged, both computed in fp32; None
-        where there was no memory to compare.
+        How far merged and unmerged are apart; None where there was no memory to compare.
 
     Raises:
         ConfigError: the target is there.
@@ -106,11 +124,11 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> float | None:
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         _write(adapter, source, temporary, dtype)
-        difference = _compare(adapter, temporary)
+        found = _compare(adapter, temporary)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference
+    return found
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -124,6 +142,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     except Exception as error:  # safetensors has its own kinds
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from error
+    if lora.get("target_parameters"):
+        what, hint = "it adapts the experts of a mixture", "PEFT alone runs such an adapter"
+        raise ModelError(what, where=str(folder), hint=hint)
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in saved.items():
@@ -216,7 +237,7 @@ def _copy_rest(adapter: SavedAdapter, source: Path, target: Path, dtype: str | N
     write_text(target / CARD, merged_card(text, prompt))
 
 
-def _compare(adapter: SavedAdapter, merged: Path) -> float | None:
+def _compare(adapter: SavedAdapter, merged: Path) -> Comparison | None:
     """Base, base with adapter, and the merged model on the same ids, one after another.
 
     Raises:
@@ -238,14 +259,15 @@ def _compare(adapter: SavedAdapter, merged: Path) -> float | None:
         expected = adapted.eval()(input_ids=ids).logits
         del base, adapted
         found = _logits(merged, ids)
-    difference = float((found - expected).abs().max())
-    noise = FP32_TOLERANCE * max(1.0, float(expected.abs().max()))
-    allowed = max(noise, float((before - expected).abs().max()) / 2)
-    if not difference <= allowed:
-        what = f"merged and unmerged logits differ by {difference:.1e}, allowed {allowed:.1e}"
+    largest = float(expected.abs().max())
+    comparison = Comparison(float((found - expected).abs().max()), largest)
+    learned = float((before - expected).abs().max())
+    allowed = max(FP32_TOLERANCE * max(1.0, largest), learned / 2)
+    if not comparison.difference <= allowed:
+        what = f"{comparison}; allowed is a difference of {allowed:.1e}"
         hint = "in half precision what was trained is rounded away: --dtype float32, or --type f32"
         raise ModelError(what, where=str(adapter.folder), hint=hint)
-    return difference
+    return comparison
 
 
 def _logits(folder: Path, ids: Tensor) -> Tensor:

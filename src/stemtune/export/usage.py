@@ -7,7 +7,7 @@ from typing import Any
 
 from stemtune.config import Config
 from stemtune.model.names import is_hub_name
-from stemtune.model.serving import refused_parts, vllm_rank
+from stemtune.model.serving import refused_parts, saved_rank, vllm_rank
 
 USE = "## How to use it"
 HERE = "path/to/this"  # until it is pushed, nobody knows its name
@@ -38,8 +38,10 @@ def _engines(config: Config, name: str, base: str, converted: bool) -> Iterator[
     prompt = {"system": config.data.system, "template": config.data.template}
     yield _transformers(repository or HERE, prompt, base, revision)
     download = f"hf download {repository} --local-dir {name}\n" if repository else ""
-    refused = refused_parts(config.adapter.use_dora, config.adapter.modules_to_save)
-    rank = None if refused else vllm_rank(config.adapter.r)
+    adapter = config.adapter
+    refused = refused_parts(adapter.use_dora, adapter.modules_to_save)
+    refused += ["LoftQ"] if adapter.init_weights == "loftq" else []  # it has a base of its own
+    rank = None if refused else vllm_rank(saved_rank(adapter))
     if rank is None:  # it takes whole models alone
         merged = f"{name}-merged"
         yield _shell("vLLM", f"{download}stemtune merge {name} --to {merged}\nvllm serve {merged}")

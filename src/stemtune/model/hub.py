@@ -103,7 +103,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
-    """Refuse weights that lie outside of the folder or that only a pickle holds.
+    """Refuse weights that lie outside of the folder or that only a pickle holds; of a base of the
+    Hub, such a pickle was not even fetched.
 
     Raises:
         ModelError: see above.
@@ -118,6 +119,9 @@ def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
         what = "the weights are pickled (.bin), which can run code"
         hint = "take a base with safetensors, or set model.allow_pickled: true"
         raise ModelError(what, where=str(folder), hint=hint)
+    if not has_pickled and not has_plain:
+        hint = "a base has safetensors, or .bin files and model.allow_pickled: true"
+        raise ModelError("there are no weights here", where=str(folder), hint=hint)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

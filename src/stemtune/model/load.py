@@ -7,9 +7,11 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,9 +44,9 @@ def load_model(config: Model) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     if device.type == "cpu":
         prepare_processor()
     dtype = choose_dtype(config.dtype, device)
+    require_trainable(base_source(config, weights=False), config)  # before they are downloaded
     source = base_source(config)
     hub.require_plain_weights(source, config.allow_pickled)
-    require_trainable(source, config)
     packed = quantization(config, dtype)
     more: dict[str, Any] = {}
     if packed is not None:
@@ -273,7 +275,22 @@ def _explained(config: Model) -> Generator[None]:
     except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # safetensors, pickle, tokenizers: each has its own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"can't load {config.base!r}: {reason}"
         hint = "is it whole, and of a kind that transformers knows?"
+        what = f"can't load {config.base!r}: {_reason(error, base_source(config, weights=False))}"
         raise ModelError(what, where="model.base", hint=hint) from error
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """One line, with the file of weights that is damaged: the libraries leave that out."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if isinstance(error, UnpicklingError):  # torch advises to read it all the same, and run it
+        return "its .bin files are damaged, or hold more than weights; nothing of them was run"
+    if lines[0].endswith(":"):
+        return " ".join(lines)
+    for file in sorted(folder.glob("*.safetensors")) if isinstance(error, SafetensorError) else []:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as damage:
+            return f"{file.name}: {damage}"
+    return lines[0]

@@ -23,6 +23,7 @@ from stemtune.errors import ConfigError, ModelError
 from stemtune.kernels.linear import frozen_linear
 
 TRAINED_ON = ("bitsandbytes",)
+OLDER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # beside a config.json
 WHERE = "model.quantization"
 
 
@@ -126,9 +127,11 @@ def comes_quantized(folder: Path) -> str:
     """How a base in a folder was quantized; empty for one as it was trained."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str((found.get("quantization_config") or {}).get("quant_method", ""))
+        method = str((found.get("quantization_config") or {}).get("quant_method", ""))
     except (OSError, ValueError, AttributeError):
         return ""  # transformers says what is wrong with it
+    older = (kind for name, kind in OLDER.items() if (folder / name).is_file())
+    return method or next(older, "")
 
 
 def rounded(weight: Tensor, config: Model) -> Tensor:

@@ -14,7 +14,9 @@ def serving_notes(adapter: Adapter) -> list[str]:
     notes = [f"vLLM and llama.cpp refuse {part}" for part in refused]
     if adapter.use_rslora:
         notes.append("llama.cpp knows no rank-stabilised scale: it is to be exported by stemtune")
-    if vllm_rank(adapter.r) is None:
+    if adapter.init_weights == "loftq":
+        notes.append("an adapter that begins by LoftQ belongs on its own rounded base: merge it")
+    if vllm_rank(saved_rank(adapter)) is None:
         notes.append(f"vLLM takes ranks of up to {VLLM_RANKS[-1]}")
     return notes
 
@@ -25,6 +27,11 @@ def refused_parts(use_dora: bool, modules_to_save: Seq[str]) -> list[str]:
     if modules_to_save:
         parts.append(f"layers that are trained whole ({', '.join(modules_to_save)})")
     return parts
+
+
+def saved_rank(adapter: Adapter) -> int:
+    """The rank of the adapter that a run leaves: see `stemtune.model.pissa`."""
+    return 2 * adapter.r if adapter.init_weights == "pissa" else adapter.r
 
 
 def vllm_rank(rank: int) -> int | None:

@@ -14,7 +14,8 @@ SHOWN = 30
 IN_A_BLOCK = re.compile(r"\.\d+\.")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts: no projection
 OF_MAMBA = ("out_proj", "dt_proj")  # its kernels read these weights themselves, past an adapter
-# Experts are one parameter each layer; a shared expert's layers have the names that they once had.
+# Experts are one parameter each layer. Layers of a shared expert, or of a block without experts,
+# have the names that theirs once had: by these PEFT adapts all experts, and not the layers.
 OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -26,16 +27,22 @@ def find_targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
         wanted: `auto`, `all-linear`, or names and patterns; see `Adapter.target_modules`.
 
     Raises:
-        ConfigError: something that no linear layer is named; the hint lists what there is.
+        ConfigError: something that no linear layer is named, or what PEFT takes for experts; the
+            hint lists what there is.
     """
+    experts = OF_EXPERTS if _has_experts(model) else ()
     linear = linear_layers(model)
+    others = [name for name in linear if _last(name) not in experts]
     if wanted == "all-linear":
-        chosen = linear
+        chosen = others
     elif wanted == "auto":
-        left_out = {*ROUTERS, *_taken_otherwise(model)}
-        chosen = [n for n in linear if IN_A_BLOCK.search(n) and _last(n) not in left_out]
+        left_out = {*ROUTERS, *(OF_MAMBA if _is_mamba(model) else ())}
+        chosen = [n for n in others if IN_A_BLOCK.search(n) and _last(n) not in left_out]
     else:
-        chosen = _named(linear, [wanted] if isinstance(wanted, str) else wanted)
+        names = [wanted] if isinstance(wanted, str) else wanted
+        _require_in_blocks(model, names)
+        chosen = _named(linear, names)
+        _require_no_experts(chosen, others)
     if not chosen:
         hint = "name some in adapter.target_modules"
         what = "this base has no linear layers in its blocks"
@@ -55,12 +62,31 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _taken_otherwise(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names that PEFT takes for something else, or refuses, in such a model."""
-    if "mamba" in model.config.model_type or model.config.model_type == "falcon_h1":
-        return OF_MAMBA
-    experts = any("experts" in name and p.ndim == 3 for name, p in model.named_parameters())
-    return OF_EXPERTS if experts else ()
+def _require_in_blocks(model: PreTrainedModel, wanted: list[str]) -> None:
+    """Refuse head and embeddings by their names: an update of theirs is served by none."""
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {_last(name) for name, module in model.named_modules() if module in ends}
+    outside = [one for one in wanted if one in names]
+    if outside:
+        what = f"{', '.join(outside)}: head and embeddings are no targets"
+        hint = f"adapter.modules_to_save: [{', '.join(outside)}] trains them whole"
+        raise ConfigError(what, where="adapter.target_modules", hint=hint)
+
+
+def _is_mamba(model: PreTrainedModel) -> bool:
+    return "mamba" in model.config.model_type or model.config.model_type == "falcon_h1"
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    return any("experts" in name and p.ndim == 3 for name, p in model.named_parameters())
+
+
+def _require_no_experts(chosen: list[str], others: list[str]) -> None:
+    taken = sorted({_last(name) for name in chosen if name not in others})
+    if taken:
+        what = f"PEFT takes {', '.join(taken)} for the experts of a mixture, which are not adapted"
+        hint = f"this base has {_shown(others)}; or use auto"
+        raise ConfigError(what, where="adapter.target_modules", hint=hint)
 
 
 def _named(linear: list[str], wanted: list[str]) -> list[str]:
@@ -68,14 +94,17 @@ def _named(linear: list[str], wanted: list[str]) -> list[str]:
     missing = [one for one, names in found.items() if not names]
     if missing:
         what = f"no linear layer is named {', '.join(map(repr, missing))}"
-        there = ", ".join(sorted({_last(name) for name in linear})[:SHOWN])
-        hint = f"this base has {there}; or use auto"
+        hint = f"this base has {_shown(linear)}; or use auto"
         raise ConfigError(what, where="adapter.target_modules", hint=hint)
     return sorted({name for names in found.values() for name in names})
 
 
 def _is_named(name: str, wanted: str) -> bool:
     return fnmatchcase(name, wanted) or fnmatchcase(name, f"*.{wanted}")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(sorted({_last(name) for name in names})[:SHOWN])
 
 
 def _last(name: str) -> str:

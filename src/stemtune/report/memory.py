@@ -23,6 +23,7 @@ class Memory:
         available: bytes of its memory.
         estimate: None where there is none; `reason` says why.
         changes: what makes it fit, where it does not.
+        padded: why nothing is shared on this base; empty if a tree can be.
     """
 
     device: str
@@ -30,6 +31,7 @@ class Memory:
     estimate: Estimate | None
     changes: list[Change]
     reason: str = ""
+    padded: str = ""
 
     @property
     def fits(self) -> bool:
@@ -45,6 +47,7 @@ class Memory:
             "fits": self.fits,
             "changes": [asdict(change) for change in self.changes],
             "reason": self.reason,
+            "padded": self.padded,
         }
 
 
@@ -66,6 +69,7 @@ def memory_of(config: Config, data: Prepared, available: int | None = None) -> M
         device = torch.device("cuda" if wanted == "auto" else wanted)
     config = with_dtype(config, device)
     fit = Fit(Workload(data.train, _plan(config, data), config), device, available)
+    padded = fit.why_padded(config)
     try:
         budget = config.train.micro_batch_tokens
         if budget == "auto":
@@ -73,8 +77,8 @@ def memory_of(config: Config, data: Prepared, available: int | None = None) -> M
         found = fit.estimate(config, budget)
         changes = [] if found.total <= available else fit.advise(config, budget)
     except NoEstimateError as error:
-        return Memory(device.type, available, None, [], str(error))
-    return Memory(device.type, available, found, changes)
+        return Memory(device.type, available, None, [], str(error), padded)
+    return Memory(device.type, available, found, changes, padded=padded)
 
 
 def _plan(config: Config, data: Prepared) -> list[list[int]]:
