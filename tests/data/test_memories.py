@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -674,3 +676,22 @@ def test_nobody_is_reminded_without_memories(tmp_path: Path) -> None:
     prepared = prepared_of(path, tiny_tokenizer(), character="A", samples="turn")
     assert prepared.memories == ()
     assert survey(data_of(path, character="A"), 0).ledger.num_refused == 0
+
+
+def test_jax_is_not_woken_on_a_gpu(tmp_path: Path) -> None:
+    """bm25s wakes JAX where it is installed, which takes most of a GPU's memory unless told."""
+    (tmp_path / "jax").mkdir()
+    fake = "import os; print('woken on', os.environ.get('JAX_PLATFORMS')); raise ImportError"
+    (tmp_path / "jax" / "__init__.py").write_text(fake, encoding="utf-8")
+    code = "from stemtune.data.memories import Bm25; print('imported'); Bm25(['a word'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == ["imported", "woken on cpu"]
