@@ -1,6 +1,7 @@
 """Log-probabilities under the model that training started from: computed once, and kept.
 
-The trees of the first epoch are run, the same as in training: equal trees give equal numbers.
+The trees of the first epoch are run, the same as in training: equal trees give equal numbers. Where
+its steps share so much with one another that it pays, trees of the whole data set are.
 """
 
 import hashlib
@@ -21,12 +22,20 @@ from torch import Tensor
 from stemtune.data.prepare import Part, Prepared
 from stemtune.errors import ConfigError
 from stemtune.metrics import track
+from stemtune.plan.prefixes import windows_by_prefix
 from stemtune.score import AT_ONCE as RECORDS
 from stemtune.score import Scorer
+from stemtune.tree.build import prefix_key
+from stemtune.tree.logprobs import base_model
 
+Piece = tuple[Part, list[int]]
+"""Records of a part that are scored together."""
 log = logging.getLogger(__name__)
 FILE = "reference.safetensors"
-PIECE = 1 << 20  # log-probabilities that are read together
+WORTH = 0.1  # share of the tokens for which the first epoch's trees are given up; in half precision
+IN_HALF = 0.25  # another tree rounds otherwise, and the first loss of DPO is ln 2 no more
+LEAST = 2048  # tokens that nobody waits for
+READ = 1 << 20  # log-probabilities that are read together
 
 
 def wants_stored(objectives: Seq[Any]) -> bool:
@@ -43,7 +52,7 @@ def load_or_compute(
         path: where it is kept.
         key: see `key_of`.
         plan: the records of each step.
-        after_step: called after each step that was computed; it may raise to stop.
+        after_step: called after each step, or tree, that was computed; it may raise to stop.
 
     Raises:
         ConfigError: what is stored belongs to other data, or to another base.
@@ -57,22 +66,68 @@ def load_or_compute(
                 return stored
         except DamagedReference as error:
             log.warning("%s is damaged (%s): it is computed anew", path.name, error)
-    log.info("computing the reference's log-probabilities, once")
-    parts = [(data.train, list(step)) for step in plan]
-    held_out = range(len(data.eval))
-    parts += [(data.eval, list(held_out[i : i + RECORDS])) for i in held_out[::RECORDS]]
+    pieces = _pieces(data, plan, scorer)
     known: dict[int, list[Tensor]] = {}
-    for part, records in track(parts, "reference", quiet=not scorer.ranks.is_first):
-        if not all(int(part.numbers[record]) in known for record in records):
-            logps = iter(scorer.reference(part.of(records)) or [])
-            for record in records:
-                mine = list(islice(logps, len(part.sequences[record])))
-                known[int(part.numbers[record])] = mine
+    for part, records in track(pieces, "reference", quiet=not scorer.ranks.is_first):
+        logps = iter(scorer.reference(part.of(records)) or [])
+        for record in records:
+            mine = list(islice(logps, len(part.sequences[record])))
+            known[int(part.numbers[record])] = mine
         after_step()
     if scorer.ranks.is_first:
         store(path, key, known)
     scorer.ranks.wait()
     return StoredReference(path, key)
+
+
+def _pieces(data: Prepared, plan: Seq[Seq[int]], scorer: Scorer) -> list[Piece]:
+    """What is run, one piece after another: the steps of the first epoch, or the trees of the whole
+    data set. Held-out records are cut as an evaluation cuts them."""
+    steps = _first_seen(data.train, plan)
+    trees = _trees(data.train, sorted({*chain(*(records for _, records in steps))}), scorer)
+    every = range(len(data.eval))
+    held_out = [(data.eval, list(every[start : start + RECORDS])) for start in every[::RECORDS]]
+    by_step, by_prefix = _tokens(steps, scorer), _tokens(trees, scorer)
+    worth = WORTH if base_model(scorer.model).dtype == torch.float32 else IN_HALF
+    pays = by_step - by_prefix >= max(worth * by_step, LEAST)
+    train, whose = (trees, "the whole data set") if pays else (steps, "the first epoch's steps")
+    log.info(
+        "computing the reference's log-probabilities, once: %s tokens, in micro-batches of %s%s",
+        f"{(by_prefix if pays else by_step) + _tokens(held_out, scorer):,}",
+        whose,
+        f" ({by_step - by_prefix:,} fewer)" if pays else "",
+    )
+    return [*train, *held_out]
+
+
+def _first_seen(part: Part, plan: Seq[Seq[int]]) -> list[Piece]:
+    """The steps that see a record for the first time."""
+    seen: set[int] = set()
+    steps: list[Piece] = []
+    for step in plan:
+        records = {int(part.numbers[record]) for record in step}
+        if not records <= seen:
+            steps.append((part, list(step)))
+            seen |= records
+    return steps
+
+
+def _trees(part: Part, records: Seq[int], scorer: Scorer) -> list[Piece]:
+    """Records in the order of their prefixes, a micro-batch for each process at a time, so that it
+    can be stopped in between."""
+    once = {int(part.numbers[record]): record for record in records}
+    trees: list[Piece] = []
+    for window in windows_by_prefix(
+        list(once.values()), lambda record: prefix_key(part.sequences[record][0]), RECORDS
+    ):
+        sequences = part.of(window)
+        for turn in scorer.turns(sequences):
+            trees.append((part, sorted({sequences[index].record for index in turn})))
+    return trees
+
+
+def _tokens(pieces: Iterable[Piece], scorer: Scorer) -> int:
+    return sum(scorer.tokens(part.of(records)) for part, records in pieces)
 
 
 class DamagedReference(Exception):
@@ -137,8 +192,8 @@ class StoredReference:
         return found
 
     def _pieces(self, size: int) -> Iterable[Tensor]:
-        for start in range(0, size, PIECE):
-            yield self._logps[start : min(start + PIECE, size)]
+        for start in range(0, size, READ):
+            yield self._logps[start : min(start + READ, size)]
 
 
 def store(path: Path, key: str, known: Mapping[int, Seq[Tensor]]) -> None:

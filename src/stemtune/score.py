@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from stemtune.errors import OutOfMemoryError
 from stemtune.model.adapter import starting_point
 from stemtune.model.memory import memory_errors
 from stemtune.objectives.mismatched import baseline, mismatched
-from stemtune.plan.pack import MicroBatch, pack
+from stemtune.plan.pack import MicroBatch, computed_tokens, pack
 from stemtune.ranks import ALONE, Ranks
 from stemtune.tree.build import build_tree
 from stemtune.tree.logprobs import base_model, target_logprobs
@@ -74,6 +74,16 @@ class Scorer:
     def largest(self, sequences: Seq[Sequence]) -> MicroBatch:
         """The micro-batch that takes most."""
         return self._dealt_out(sequences)[0][0]
+
+    def turns(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Which sequences the processes run at the same time, a micro-batch each."""
+        return [[*chain(*turn)] for turn in zip_longest(*self._dealt_out(sequences), fillvalue=[])]
+
+    def tokens(self, sequences: Seq[Sequence]) -> int:
+        """How many are computed in all micro-batches, without running one."""
+        shared = self.backend != "padded"
+        batches = chain(*self._dealt_out(sequences))
+        return sum(computed_tokens([sequences[i] for i in batch], shared) for batch in batches)
 
     def _dealt_out(self, sequences: Seq[Sequence]) -> list[list[MicroBatch]]:
         """The micro-batches of each process."""

@@ -78,7 +78,11 @@ def test_two_processes_one_of_them_disturbed_then_one(tmp_path: Path, tiny_base:
     require_same_run(run, whole)
 
 
-def test_preferences_by_one_process_then_two(tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.parametrize("persona", [False, True])
+def test_preferences_by_one_process_then_two(
+    tmp_path: Path, tiny_base: Path, persona: bool
+) -> None:
+    """With a persona that all steps share, the reference goes over the whole data set."""
     rows = [
         {
             "prompt": f"What is virtue, {number}?",
@@ -88,6 +92,8 @@ def test_preferences_by_one_process_then_two(tmp_path: Path, tiny_base: Path) ->
         for number in range(20)
     ]
     settings = [*SETTINGS, "objective.type=dpo", "train.save_steps=100"]
+    if persona:
+        settings += [f"data.system={'You are Socrates. ' * 60}", "train.micro_batch_tokens=1500"]
     configs = {
         name: make_config(tmp_path / name, tiny_base, *settings) for name in ("whole", "parts")
     }
@@ -112,6 +118,8 @@ def test_preferences_by_one_process_then_two(tmp_path: Path, tiny_base: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(run / "adapter")
     assert "processes: 1 → 2" in done.stderr
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert log.count("of the whole data set") == 2 * persona
     require_same_run(run, Path(configs["whole"].output.dir))
 
 

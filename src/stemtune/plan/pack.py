@@ -36,7 +36,7 @@ def pack(
     order, common = sort_by_prefix(sequences)
     units = _units(sequences, order, common, together)
     batches = (_cut if shared else _cut_padded)(units, budget)
-    costs = [(_cost([sequences[i] for i in batch], shared), batch) for batch in batches]
+    costs = [(computed_tokens([sequences[i] for i in batch], shared), batch) for batch in batches]
     ranks: list[tuple[int, int, list[MicroBatch]]] = [(0, rank, []) for rank in range(world_size)]
     for cost, batch in sorted(costs, key=lambda item: (-item[0], item[1])):
         load, rank, mine = ranks[0]
@@ -85,7 +85,8 @@ def _units(
     return units
 
 
-def _cost(sequences: Seq[Sequence], shared: bool) -> int:
+def computed_tokens(sequences: Seq[Sequence], shared: bool) -> int:
+    """Those of a micro-batch's tree or, with `shared` false, of its padded batch."""
     if shared:
         return count_distinct(sequences)
     return len(sequences) * max(len(sequence) for sequence in sequences)

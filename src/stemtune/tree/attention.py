@@ -191,7 +191,9 @@ def varlen_attention(
     if keys is not None:
         k, v = gather(k, keys), gather(v, keys)
     # Before torch 2.12 it takes grouped heads without being told.
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _wants_gqa(varlen_attn) else {}
+    grouped: dict[str, Any] = {}
+    if _wants_gqa(varlen_attn):
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
     result = varlen_attn(
         q,
         k,

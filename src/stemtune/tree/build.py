@@ -135,13 +135,17 @@ def build_tree(sequences: Seq[Sequence]) -> Tree:
 def sort_by_prefix(sequences: Seq[Sequence]) -> tuple[list[int], list[int]]:
     """Order sequences by their ids; with each, the length of the prefix shared with the one
     before it (0 for the first). Their lengths less these add up to the distinct tokens."""
-    # Big-endian bytes compare like the ids themselves, and a prefix comes before what extends it.
-    keys = [sequence.input_ids.astype(">u8").tobytes() for sequence in sequences]
+    keys = [prefix_key(sequence) for sequence in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     shared = [0] + [
         common_prefix(sequences[a].input_ids, sequences[b].input_ids) for a, b in pairwise(order)
     ]
     return order, shared
+
+
+def prefix_key(sequence: Sequence) -> bytes:
+    """Bytes that compare like the ids themselves; a prefix comes before what extends it."""
+    return sequence.input_ids.astype(">u8").tobytes()
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
