@@ -11,7 +11,12 @@ import torch
 
 import stemtune as st
 from stemtune.errors import ConfigError, ModelError, StemtuneError
+from stemtune.export.merge import merge
+from stemtune.export.serve import read_run
 from stemtune.model.load import load_tokenizer
+from stemtune.model.names import PROMPT_FILE
+from stemtune.model.save import load_adapter
+from stemtune.model.trust import TRUSTED
 from stemtune.redact import Redacting, redacted
 from tests.runs import IGNORED, make_config, write_run_file
 
@@ -102,6 +107,39 @@ def test_code_that_a_base_brings_along(tmp_path: Path, tiny_base: Path, canary: 
         path.write_text(json.dumps({**values, "auto_map": classes}), encoding="utf-8")
     st.train(make_config(tmp_path / "a", base, "train.max_steps=1"))
     assert not canary.exists()
+
+
+def test_code_that_an_adapter_asks_for(
+    tmp_path: Path, tiny_base: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may come from anybody: what it says about its base does not count."""
+    adapter = st.train(make_config(tmp_path / "a", tiny_base, "train.max_steps=1")).adapter_dir
+    base = copy_of(tiny_base, tmp_path / "base")
+    code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+    code += "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    (base / "evil.py").write_text(code, encoding="utf-8")
+    classes = {"AutoConfig": "evil.LlamaConfig", "AutoModelForCausalLM": "evil.LlamaForCausalLM"}
+    rewrite(base / "config.json", auto_map=classes)
+    prompt = json.loads((adapter / PROMPT_FILE).read_text(encoding="utf-8"))
+    said = {"base": str(base), "trust_remote_code": True, "revision": "0" * 40}
+    rewrite(adapter / PROMPT_FILE, model={**prompt["model"], **said})
+    for use in (
+        lambda: load_adapter(adapter, "cpu"),
+        lambda: merge(adapter, tmp_path / "merged"),
+        lambda: read_run(adapter),
+    ):
+        with pytest.raises(ModelError, match="wants to run the code"):
+            use()
+    assert not canary.exists()
+    monkeypatch.setenv(TRUSTED, "0" * 40)
+    load_adapter(adapter, "cpu")
+    assert canary.exists(), "this test shows nothing"
+
+
+def rewrite(path: Path, **values: Any) -> None:
+    """Other values in a file of JSON."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**before, **values}), encoding="utf-8")
 
 
 def test_tags_in_yaml(tmp_path: Path, tiny_base: Path, canary: Path) -> None:

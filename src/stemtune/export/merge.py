@@ -23,6 +23,7 @@ from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
 from stemtune.model.names import CARD, PROMPT_FILE
 from stemtune.model.quantized import comes_quantized, rounded
+from stemtune.model.trust import require_trust
 from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     except Exception as error:  # safetensors has its own kinds
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from error
+    require_trust(model, folder)
     updates: dict[str, Update] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in saved.items():

@@ -16,6 +16,7 @@ from stemtune.model.adapter import load_onto
 from stemtune.model.load import load_model
 from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
+from stemtune.model.trust import require_trust
 from stemtune.rundir import write_text
 
 LOCAL_KEYS = ("is_local", "local_files_only")
@@ -95,14 +96,16 @@ def read_settings(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The base of a saved adapter, and the settings of its prompts.
 
     Raises:
-        ModelError: not an adapter of stemtune's.
+        ModelError: not an adapter of stemtune's, or one whose base's code nobody trusts.
     """
     try:
         prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
-        return Model.model_validate(prompt["model"]), prompt
+        model = Model.model_validate(prompt["model"])
     except (OSError, ValueError, KeyError, TypeError):
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from None
+    require_trust(model, folder)
+    return model, prompt
 
 
 def load_adapter(
