@@ -16,7 +16,7 @@ from stemtune.export.serve import read_run
 from stemtune.model.load import load_tokenizer
 from stemtune.model.names import PROMPT_FILE
 from stemtune.model.save import load_adapter
-from stemtune.model.trust import TRUSTED
+from stemtune.model.trust import TRUSTED, require_own_files
 from stemtune.redact import Redacting, redacted
 from tests.runs import IGNORED, make_config, write_run_file
 
@@ -78,8 +78,10 @@ def test_an_adapter_with_a_pickle(tmp_path: Path, tiny_base: Path, canary: Path)
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary)))
     config = make_config(tmp_path / "b", tiny_base, f"adapter.init_from={adapter}")
-    with pytest.raises(StemtuneError):
+    with pytest.raises(ModelError, match="pickled"):
         st.train(config)
+    with pytest.raises(ModelError, match="pickled"):
+        load_adapter(adapter, "cpu")
     assert not canary.exists()
 
 
@@ -196,6 +198,41 @@ def test_weights_of_another_folder(tmp_path: Path, tiny_base: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ModelError, match="it names the file"):
         st.train(make_config(tmp_path / "a", base))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "chat_template.jinja", "adapter_model.safetensors"])
+def test_an_adapter_whose_files_lie_elsewhere(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    adapter = st.train(make_config(tmp_path / "a", tiny_base, "train.max_steps=1")).adapter_dir
+    outside = tmp_path / "outside"
+    (adapter / name).touch()
+    (adapter / name).rename(outside)
+    (adapter / name).symlink_to(outside)
+    config = make_config(tmp_path / "b", tiny_base, f"adapter.init_from={adapter}")
+    for use in (
+        lambda: st.train(config),
+        lambda: load_adapter(adapter, "cpu"),
+        lambda: merge(adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(ModelError, match="leads out of its folder"):
+            use()
+
+
+def test_a_base_whose_files_lie_elsewhere_is_not_copied(tmp_path: Path, tiny_base: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    adapter = st.train(make_config(tmp_path / "a", base, "train.max_steps=1")).adapter_dir
+    (base / "notes.txt").symlink_to(tmp_path / "a/rows.jsonl")
+    with pytest.raises(ModelError, match="leads out of its folder"):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_links_of_the_hubs_cache_are_its_own(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    require_own_files(snapshot)
 
 
 def test_an_output_folder_that_is_a_link(tmp_path: Path, tiny_base: Path) -> None:

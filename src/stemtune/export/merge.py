@@ -23,7 +23,7 @@ from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
 from stemtune.model.names import CARD, PROMPT_FILE
 from stemtune.model.quantized import comes_quantized, rounded
-from stemtune.model.trust import require_trust
+from stemtune.model.trust import require_inside, require_own_files, require_trust
 from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> float | None:
 
 def read_adapter(folder: Path) -> SavedAdapter:
     """Raises: ModelError, if it is none of stemtune's, or damaged."""
+    require_own_files(folder)
     try:
         prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
         lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -204,6 +205,7 @@ def _copy_rest(adapter: SavedAdapter, source: Path, target: Path, dtype: str | N
         wanted = own or path.suffix in (".json", ".jinja", ".model", ".txt")
         is_map = path.name.endswith(".index.json")
         if path.is_file() and wanted and path.name not in NOT_OF_THE_BASE and not is_map:
+            require_inside(path, path.parent)
             shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)

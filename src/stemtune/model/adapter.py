@@ -21,6 +21,7 @@ from stemtune.model.names import PROMPT_FILE
 from stemtune.model.pissa import START, keep_start
 from stemtune.model.quantized import require_dense_for_dora
 from stemtune.model.targets import find_targets, require_modules, upper_layers
+from stemtune.model.trust import require_own_files
 
 
 def add_adapter(
@@ -157,9 +158,10 @@ def require_adapter(config: Adapter, model: Model) -> str:
         return ""
     folder = adapter_folder(Path(config.init_from))
     where = str(folder)
+    require_own_files(folder)
     try:
         text = (folder / "adapter_config.json").read_bytes()
-        weights = _weights_file(folder, model.allow_pickled).read_bytes()
+        weights = weights_file(folder, model.allow_pickled).read_bytes()
         saved = json.loads(text)
         if saved["peft_type"] != "LORA":
             hint = "train a new one, or go on with a LoRA adapter"
@@ -187,7 +189,12 @@ def require_adapter(config: Adapter, model: Model) -> str:
     return hashlib.sha256(text + weights).hexdigest()
 
 
-def _weights_file(folder: Path, allow_pickled: bool) -> Path:
+def weights_file(folder: Path, allow_pickled: bool) -> Path:
+    """The file of an adapter's weights; whether it is there, its reader says.
+
+    Raises:
+        ModelError: only a pickle holds them, and nobody asked for that.
+    """
     plain, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if plain.is_file() or not pickled.is_file():
         return plain

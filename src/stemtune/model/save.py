@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
-from stemtune.model.adapter import load_onto
+from stemtune.model.adapter import load_onto, weights_file
 from stemtune.model.load import load_model
 from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
-from stemtune.model.trust import require_trust
+from stemtune.model.trust import require_own_files, require_trust
 from stemtune.rundir import write_text
 
 LOCAL_KEYS = ("is_local", "local_files_only")
@@ -96,8 +96,9 @@ def read_settings(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The base of a saved adapter, and the settings of its prompts.
 
     Raises:
-        ModelError: not an adapter of stemtune's, or one whose base's code nobody trusts.
+        ModelError: not an adapter of stemtune's, or one that is not to be trusted.
     """
+    require_own_files(folder)
     try:
         prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
         model = Model.model_validate(prompt["model"])
@@ -117,6 +118,7 @@ def load_adapter(
         ModelError: not an adapter of stemtune's.
     """
     config, prompt = read_settings(folder)
+    weights_file(folder, config.allow_pickled)
     base, tokenizer = load_model(config.model_copy(update={"device": device}))
     model = load_onto(base, folder)
     model.eval()
