@@ -248,6 +248,45 @@ def test_an_output_folder_that_is_a_link(tmp_path: Path, tiny_base: Path) -> Non
     assert not (run / "run.json").is_symlink()
 
 
+@pytest.mark.parametrize(
+    "name", ["log.txt", ".run.json.tmp", ".config.yaml.tmp", "metrics.jsonl", "config.yaml"]
+)
+def test_no_file_of_a_run_is_written_through_a_link(
+    tmp_path: Path, tiny_base: Path, canary: Path, name: str
+) -> None:
+    config = make_config(tmp_path / "a", tiny_base, "train.max_steps=1")
+    run = Path(config.output.dir)
+    run.mkdir()
+    (run / "run.json").write_text("{}", encoding="utf-8")  # of a run that failed early
+    (run / name).symlink_to(canary)
+    st.train(config)
+    assert not canary.exists() and not (run / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["adapter", ".adapter.tmp"])
+def test_no_adapter_is_written_through_a_link(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    trainer = st.Trainer(make_config(tmp_path / "a", tiny_base, "train.max_steps=1"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "kept").touch()
+    (trainer.folder.path / name).symlink_to(victim)
+    adapter = trainer.train().adapter_dir
+    assert [path.name for path in victim.iterdir()] == ["kept"]
+    assert not adapter.is_symlink() and (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_of_something_else_stays_open(tmp_path: Path, tiny_base: Path) -> None:
+    config = make_config(tmp_path / "a", tiny_base, "train.max_steps=1")
+    shared = Path(config.output.dir)
+    shared.mkdir(mode=0o755)
+    (shared / "thesis.txt").touch()
+    with pytest.raises(StemtuneError, match="not empty"):
+        st.train(config)
+    with pytest.raises(StemtuneError, match="no usable checkpoint"):
+        st.train(config, resume=True)
+    assert shared.stat().st_mode & 0o777 == 0o755
+
+
 def test_a_run_is_its_owners_alone(tmp_path: Path, tiny_base: Path) -> None:
     run = st.train(make_config(tmp_path / "a", tiny_base, "train.max_steps=1")).output_dir
     assert run.stat().st_mode & 0o077 == 0

@@ -53,7 +53,8 @@ class RunFolder:
         try:
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self.path.chmod(0o700)
+            if self._created:
+                self.path.chmod(0o700)
             self._lock.acquire(timeout=0)
         except Timeout:
             hint = "wait for it, or choose another output.dir"
@@ -64,6 +65,7 @@ class RunFolder:
             raise DiskError(what, where=where, hint=hint) from None
         if not resume:
             self._refuse_results()
+            self.path.chmod(0o700)  # not before: it may be the folder of something else
         self._start_log()
         self.info = _read_json(self.path / "run.json") if resume else {}
         self.info |= {
@@ -138,7 +140,10 @@ class RunFolder:
 
     def _start_log(self) -> None:
         """Everything that is said, with its time and level, also goes to `log.txt`."""
-        self._log = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        path = self.path / "log.txt"
+        if path.is_symlink():
+            path.unlink()
+        self._log = logging.FileHandler(path, encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self._log.addFilter(Redacting())
         logger = logging.getLogger("stemtune")
@@ -149,7 +154,8 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, whatever happens to process or machine."""
     temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
+    with temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

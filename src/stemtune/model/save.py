@@ -35,7 +35,7 @@ def save_adapter(
         files: what else to put into it, by name: the model card, for one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
     _save_weights(model, temporary, config)
     tokenizer.save_pretrained(str(temporary))
     tokenizer_config = temporary / "tokenizer_config.json"
@@ -61,9 +61,16 @@ def save_adapter(
         else:
             (temporary / name).write_bytes(content)
     write_text(temporary / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False))
-    if folder.exists():
-        shutil.rmtree(folder)
+    _delete(folder)
     temporary.rename(folder)
+
+
+def _delete(folder: Path) -> None:
+    """A folder, or a link to one: what that leads to stays as it is."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _save_weights(model: PeftModel, folder: Path, config: Config) -> None:
