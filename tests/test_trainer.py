@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -511,6 +512,24 @@ def test_a_disk_that_is_full_for_other_files(
         trainer.train()
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].state["progress"]["step"] >= 2
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors, of tokenizers
+def test_a_disk_that_is_full_for_what_others_write(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *SHORT))
+
+    def full(folder: str) -> None:
+        Path(folder, "tokenizer.json").write_bytes(b"half of it")
+        raise kind("No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", full)
+    with pytest.raises(DiskError, match="No space left") as raised:
+        trainer.train()
+    assert raised.value.exit_code == 7
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {name for name in left if name.endswith(".tmp")} and "adapter" not in left
 
 
 @pytest.mark.parametrize("fact", [{"phase": "training"}, {"phase": "saving"}, {"state": "done"}])

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import socket
 from collections.abc import Generator
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from stemtune.errors import DiskError, OutputBusyError, StemtuneError
 from stemtune.redact import Redacting, redacted
 
+RUST_FAULT = re.compile(r"\(os error (\d+)\)")
 State = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -109,8 +111,9 @@ class RunFolder:
             if self._created and refused and not self.checkpoints.exists():
                 self.release()
                 shutil.rmtree(self.path, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise self._disk_error(error) from error
+            fault = disk_fault(error)
+            if fault is not None:
+                raise self._disk_error(fault) from error
             raise
 
     def write(self, **facts: Any) -> None:
@@ -155,12 +158,27 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, whatever happens to process or machine."""
     temporary = _temporary(path)
     temporary.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
-    with temporary.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """What the system said, where an error is that of a disk: safetensors and tokenizers raise
+    their own kinds, with the system's number in the text."""
+    if isinstance(error, OSError):
+        return error
+    found = RUST_FAULT.search(str(error))
+    if found is None or isinstance(error, StemtuneError):
+        return None
+    return OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def sync(path: Path) -> None:

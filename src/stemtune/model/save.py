@@ -36,6 +36,22 @@ def save_adapter(
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     _delete(temporary)
+    try:
+        _write(model, tokenizer, temporary, config, files or {})
+    except BaseException:
+        _delete(temporary)  # a full disk needs the space
+        raise
+    _delete(folder)
+    temporary.rename(folder)
+
+
+def _write(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temporary: Path,
+    config: Config,
+    files: Mapping[str, str | bytes],
+) -> None:
     _save_weights(model, temporary, config)
     tokenizer.save_pretrained(str(temporary))
     tokenizer_config = temporary / "tokenizer_config.json"
@@ -55,14 +71,12 @@ def save_adapter(
         "rag": config.data.rag.model_dump(),
     }
     (temporary / CARD).unlink(missing_ok=True)  # PEFT's says nothing, and names a folder of ours
-    for name, content in (files or {}).items():
+    for name, content in files.items():
         if isinstance(content, str):
             write_text(temporary / name, content)
         else:
             (temporary / name).write_bytes(content)
     write_text(temporary / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False))
-    _delete(folder)
-    temporary.rename(folder)
 
 
 def _delete(folder: Path) -> None:
