@@ -3,6 +3,7 @@
 import math
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,16 @@ def test_there_is_time_left(caplog: pytest.LogCaptureFixture) -> None:
     stop = StopRequest(1e9)
     stop.look_at_clock(needed=2e9)
     assert stop.requested and any("train.time_limit" in message for message in caplog.messages)
+
+
+def test_a_clock_that_jumps_moves_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(1e6)
+    for jump in (-1e9, 1e9):
+        with monkeypatch.context() as patch:
+            now = time.time()
+            patch.setattr(time, "time", lambda now=now, jump=jump: now + jump)
+            stop.look_at_clock(needed=10.0)
+    assert not stop.requested
 
 
 # -- the folder -----------------------------------------------------------------------------------

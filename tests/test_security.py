@@ -322,6 +322,8 @@ def test_a_token_in_the_environment_is_written_nowhere(
         f"HF_TOKEN={TOKEN}",
         f'{{"api_key": "{TOKEN[3:]}"}}',
         f"password: {TOKEN[3:]}",
+        f"AWS_SECRET_ACCESS_KEY={TOKEN[3:]}",
+        f"wandb-key: {TOKEN[3:]}",
     ],
 )
 def test_what_is_shown_and_logged(text: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -332,7 +334,14 @@ def test_what_is_shown_and_logged(text: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    "text", ["4,096 tokens", "special tokens: 3", "train.micro_batch_tokens=100000", "a keyboard"]
+    "text",
+    [
+        "4,096 tokens",
+        "special tokens: 3",
+        "duplicate key: 'context'",
+        "train.micro_batch_tokens=100000",
+        "a keyboard",
+    ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redacted(text) == text

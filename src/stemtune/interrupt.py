@@ -24,7 +24,10 @@ class StopRequest:
 
     def __init__(self, time_limit: float | None = None) -> None:
         self.requested = False
-        self._time_limit = time_limit
+        self._ends: float | None = None
+        if time_limit is not None:  # from here on by a clock that nobody sets
+            age = time.time() - psutil.Process().create_time()
+            self._ends = time.monotonic() + time_limit - age
 
     @contextmanager
     def listening(self) -> Generator[None]:
@@ -55,9 +58,9 @@ class StopRequest:
         Args:
             needed: seconds that the next step, with saving behind it, may take.
         """
-        if self._time_limit is None or self.requested:
+        if self._ends is None or self.requested:
             return
-        left = self._time_limit - (time.time() - psutil.Process().create_time())
+        left = self._ends - time.monotonic()
         if left < needed:
             self.requested = True
             log.warning("%.0f s are left of train.time_limit: stopping with a checkpoint", left)
