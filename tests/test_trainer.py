@@ -440,6 +440,31 @@ def test_out_of_memory_with_one_sequence(tmp_path: Path, tiny_base: Path) -> Non
     assert run_info(tmp_path / "run")["state"] == "failed"
 
 
+@pytest.mark.parametrize("full", [gpu_full, cpu_full])
+@pytest.mark.parametrize(
+    ("place", "when"),
+    [
+        ("stemtune.model.load.AutoModelForCausalLM.from_pretrained", "loading the model"),
+        ("stemtune.trainer.add_adapter", "loading the model"),
+        ("torch.optim.AdamW.step", "training"),
+        ("stemtune.saver._room_for", "training"),
+    ],
+)
+def test_out_of_memory_where_no_smaller_micro_batch_helps(
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    when: str,
+    full: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(place, lambda *_, **__: full())
+    with pytest.raises(OutOfMemoryError, match=f"while {when}") as raised:
+        st.train(make_config(tmp_path, tiny_base, *SHORT))
+    assert raised.value.exit_code == 8 and "stemtune check" in raised.value.hint
+    assert run_info(tmp_path / "run")["state"] == "failed"
+
+
 def test_out_of_memory_while_evaluating(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

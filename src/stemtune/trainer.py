@@ -47,7 +47,7 @@ from stemtune.model.load import (
     require_rows,
 )
 from stemtune.model.loftq import start_from_residual
-from stemtune.model.memory import peak_memory
+from stemtune.model.memory import memory_told, peak_memory
 from stemtune.model.quantized import require_bitsandbytes
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
@@ -199,7 +199,7 @@ class Trainer:
                     refuse_differences(saved.state, config, self._facts, allow_changes)
                     warn_of_other_rounding(saved.state, self.ranks.size)
                 self.plan = self._plan()
-            with self.folder.phase("loading the model"):
+            with self.folder.phase("loading the model"), memory_told("loading the model"):
                 self._load_model(saved, allow_changes, terms)
         except BaseException:
             self.folder.release()
@@ -310,11 +310,11 @@ class Trainer:
             OutOfMemoryError: not even one sequence fits.
         """
         try:
-            with self.folder.phase("training"), self.stop.listening():
+            with self.folder.phase("training"), self.stop.listening(), memory_told("training"):
                 if self.ranks.is_first:
                     self._write_facts()
                 self._train_steps()
-            with self.folder.phase("saving"):
+            with self.folder.phase("saving"), memory_told("saving"):
                 result = self._finish()
             # The system counts pages in batches: what was used may seem more than the most ever.
             peak = max(0, int(peak_memory(self.device) * 2**20) - self.memory["used"])

@@ -17,6 +17,7 @@ from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model.chatglm_adapter import renamed
 from stemtune.model.lora import use_fast_layers
+from stemtune.model.memory import memory_errors
 from stemtune.model.names import PROMPT_FILE
 from stemtune.model.pissa import START, keep_start
 from stemtune.model.quantized import require_dense_for_dora
@@ -111,7 +112,8 @@ def add_start(model: PeftModel, config: Adapter) -> None:
 @contextmanager
 def _explained(folder: Path) -> Generator[None]:
     try:
-        yield
+        with memory_errors():
+            yield
     except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # PEFT, safetensors and torch: each has its own kinds

@@ -20,6 +20,7 @@ from transformers import (
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model import chatglm, gguf, hub, smollm2
+from stemtune.model.memory import memory_errors
 from stemtune.model.processor import prepare_processor
 from stemtune.model.quantized import hold_packed, quantization, require_trainable
 
@@ -265,7 +266,8 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 768) -> float:
 def _explained(config: Model) -> Generator[None]:
     """Turns what transformers and the hub raise into one error for a person."""
     try:
-        yield
+        with memory_errors():
+            yield
     except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # safetensors, pickle, tokenizers: each has its own kinds
