@@ -626,6 +626,7 @@ def resume(folder: Path, *overrides: str) -> None:
         ("data.system=You are nobody.", "data.system: None → 'You are nobody.'"),
         ("model.dtype=bfloat16", "model.dtype: 'float32' → 'bfloat16'"),
         ("model.attention=padded", "model.attention: 'segments' → 'padded'"),
+        ("model.revision=v2", "model.revision: None → 'v2'"),
     ],
 )
 def test_a_resumed_run_is_the_same_run(finished: Path, override: str, line: str) -> None:

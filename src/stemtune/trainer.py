@@ -73,6 +73,7 @@ from stemtune.step import Outcome, Step, StepRunner
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
+WANTED = ("dtype", "attention", "revision")  # of the base: what was asked for, besides what it was
 REHEARSED_FROM = 50  # steps: of fewer, trying the largest micro-batch first is no small part
 
 
@@ -549,7 +550,7 @@ class Trainer:
             "dtype": self.resolved.model.dtype,
             "revision": self.resolved.model.revision,
             "backend": self.scorer.backend,
-            "wanted": {key: getattr(self.config.model, key) for key in ("dtype", "attention")},
+            "wanted": {key: getattr(self.config.model, key) for key in WANTED},
             "budget": self.scorer.budget,
             "base": self.base_fingerprint,
             "facts": self._facts,
