@@ -363,3 +363,10 @@ def test_settings_that_decide_what_is_trained(write) -> None:
         "a": "1 → None",
         "c": "None → 3",
     }
+
+
+def test_a_run_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: " + 5000 * "[", encoding="utf-8")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        st.load_config(path)

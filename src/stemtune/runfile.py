@@ -241,6 +241,9 @@ def _read_text(path: Path, key: str) -> str:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except RecursionError:
+        hint = "a run file has sections, and settings in them"
+        raise ConfigError("nested too deeply", where=str(path), hint=hint) from None
     except FileNotFoundError:
         hint = "`stemtune init` writes a commented one"
         raise ConfigError("there is no such run file", where=str(path), hint=hint) from None
