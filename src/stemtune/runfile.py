@@ -81,8 +81,12 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Co
             _apply_override(stage, stage_places, override)
     configs: list[Config] = []
     for stage, stage_places in whole:
-        config = _resolve_paths(_validated(stage, stage_places, path), path.resolve().parent)
-        configs.append(config)
+        config = _validated(stage, stage_places, path)
+        try:
+            configs.append(_resolve_paths(config, path.resolve().parent))
+        except OSError as error:
+            what, hint = f"can't be read: {error.strerror}", "may this user read the folder?"
+            raise ConfigError(what, where=str(error.filename), hint=hint) from None
     return _chained(configs, names)
 
 

@@ -158,9 +158,14 @@ def require_adapter(config: Adapter, model: Model) -> str:
     """
     if config.init_from is None:
         return ""
-    folder = adapter_folder(Path(config.init_from))
+    try:
+        folder = adapter_folder(Path(config.init_from))
+        require_own_files(folder)
+    except OSError as error:
+        hint = "may this user read the folder?"
+        what = f"the adapter can't be read: {error.strerror}"
+        raise ConfigError(what, where=config.init_from, hint=hint) from None
     where = str(folder)
-    require_own_files(folder)
     try:
         text = (folder / "adapter_config.json").read_bytes()
         weights = weights_file(folder, model.allow_pickled).read_bytes()
