@@ -3,6 +3,8 @@
 import math
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,41 @@ def test_there_is_time_left(caplog: pytest.LogCaptureFixture) -> None:
     stop = StopRequest(1e9)
     stop.look_at_clock(needed=2e9)
     assert stop.requested and any("train.time_limit" in message for message in caplog.messages)
+
+
+def test_a_clock_that_jumps_moves_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(1e6)
+    for jump in (-1e9, 1e9):
+        with monkeypatch.context() as patch:
+            now = time.time()
+            patch.setattr(time, "time", lambda now=now, jump=jump: now + jump)
+            stop.look_at_clock(needed=10.0)
+    assert not stop.requested
+
+
+def test_a_signal_that_a_launcher_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stop = StopRequest()
+    for _ in range(2):
+        stop._handle(signal.SIGTERM, None)
+    assert stop.requested
+    monkeypatch.setattr("stemtune.interrupt.ECHO", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGTERM, None)
+
+
+def test_a_process_of_its_own_stops_at_the_second_signal() -> None:
+    stop = StopRequest()
+    stop._handle(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGTERM, None)
+
+
+def test_the_first_signal_after_the_deadline_is_no_second_one() -> None:
+    stop = StopRequest(1e-3)
+    stop.look_at_clock(needed=0.0)
+    assert stop.requested
+    stop._handle(signal.SIGTERM, None)
 
 
 # -- the folder -----------------------------------------------------------------------------------

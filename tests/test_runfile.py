@@ -364,3 +364,21 @@ def test_settings_that_decide_what_is_trained(write) -> None:
         "a": "1 → None",
         "c": "None → 3",
     }
+
+
+def test_a_run_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: " + 5000 * "[", encoding="utf-8")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        st.load_config(path)
+
+
+def test_a_base_in_a_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "run.yaml").write_text(DATA + "model: {base: /closed/base}\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(ConfigError, match="Permission denied") as found:
+        st.load_config(tmp_path / "run.yaml")
+    assert found.value.where == "/closed/base"

@@ -11,7 +11,12 @@ import torch
 
 import stemtune as st
 from stemtune.errors import ConfigError, ModelError, StemtuneError
+from stemtune.export.merge import merge
+from stemtune.export.serve import read_run
 from stemtune.model.load import load_tokenizer
+from stemtune.model.names import PROMPT_FILE
+from stemtune.model.save import load_adapter
+from stemtune.model.trust import TRUSTED, require_own_files
 from stemtune.redact import Redacting, redacted
 from tests.runs import IGNORED, make_config, write_run_file
 
@@ -73,8 +78,10 @@ def test_an_adapter_with_a_pickle(tmp_path: Path, tiny_base: Path, canary: Path)
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary)))
     config = make_config(tmp_path / "b", tiny_base, f"adapter.init_from={adapter}")
-    with pytest.raises(StemtuneError):
+    with pytest.raises(ModelError, match="pickled"):
         st.train(config)
+    with pytest.raises(ModelError, match="pickled"):
+        load_adapter(adapter, "cpu")
     assert not canary.exists()
 
 
@@ -102,6 +109,39 @@ def test_code_that_a_base_brings_along(tmp_path: Path, tiny_base: Path, canary: 
         path.write_text(json.dumps({**values, "auto_map": classes}), encoding="utf-8")
     st.train(make_config(tmp_path / "a", base, "train.max_steps=1"))
     assert not canary.exists()
+
+
+def test_code_that_an_adapter_asks_for(
+    tmp_path: Path, tiny_base: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder may come from anybody: what it says about its base does not count."""
+    adapter = st.train(make_config(tmp_path / "a", tiny_base, "train.max_steps=1")).adapter_dir
+    base = copy_of(tiny_base, tmp_path / "base")
+    code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+    code += "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    (base / "evil.py").write_text(code, encoding="utf-8")
+    classes = {"AutoConfig": "evil.LlamaConfig", "AutoModelForCausalLM": "evil.LlamaForCausalLM"}
+    rewrite(base / "config.json", auto_map=classes)
+    prompt = json.loads((adapter / PROMPT_FILE).read_text(encoding="utf-8"))
+    said = {"base": str(base), "trust_remote_code": True, "revision": "0" * 40}
+    rewrite(adapter / PROMPT_FILE, model={**prompt["model"], **said})
+    for use in (
+        lambda: load_adapter(adapter, "cpu"),
+        lambda: merge(adapter, tmp_path / "merged"),
+        lambda: read_run(adapter),
+    ):
+        with pytest.raises(ModelError, match="wants to run the code"):
+            use()
+    assert not canary.exists()
+    monkeypatch.setenv(TRUSTED, "0" * 40)
+    load_adapter(adapter, "cpu")
+    assert canary.exists(), "this test shows nothing"
+
+
+def rewrite(path: Path, **values: Any) -> None:
+    """Other values in a file of JSON."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**before, **values}), encoding="utf-8")
 
 
 def test_tags_in_yaml(tmp_path: Path, tiny_base: Path, canary: Path) -> None:
@@ -160,6 +200,41 @@ def test_weights_of_another_folder(tmp_path: Path, tiny_base: Path) -> None:
         st.train(make_config(tmp_path / "a", base))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "chat_template.jinja", "adapter_model.safetensors"])
+def test_an_adapter_whose_files_lie_elsewhere(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    adapter = st.train(make_config(tmp_path / "a", tiny_base, "train.max_steps=1")).adapter_dir
+    outside = tmp_path / "outside"
+    (adapter / name).touch()
+    (adapter / name).rename(outside)
+    (adapter / name).symlink_to(outside)
+    config = make_config(tmp_path / "b", tiny_base, f"adapter.init_from={adapter}")
+    for use in (
+        lambda: st.train(config),
+        lambda: load_adapter(adapter, "cpu"),
+        lambda: merge(adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(ModelError, match="leads out of its folder"):
+            use()
+
+
+def test_a_base_whose_files_lie_elsewhere_is_not_copied(tmp_path: Path, tiny_base: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    adapter = st.train(make_config(tmp_path / "a", base, "train.max_steps=1")).adapter_dir
+    (base / "notes.txt").symlink_to(tmp_path / "a/rows.jsonl")
+    with pytest.raises(ModelError, match="leads out of its folder"):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_links_of_the_hubs_cache_are_its_own(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    require_own_files(snapshot)
+
+
 def test_an_output_folder_that_is_a_link(tmp_path: Path, tiny_base: Path) -> None:
     """It is followed, as everywhere; a run's files inside of it are not."""
     victim = tmp_path / "victim.json"
@@ -171,6 +246,45 @@ def test_an_output_folder_that_is_a_link(tmp_path: Path, tiny_base: Path) -> Non
     st.train(config)
     assert victim.read_text(encoding="utf-8") == "untouched"
     assert not (run / "run.json").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["log.txt", ".run.json.tmp", ".config.yaml.tmp", "metrics.jsonl", "config.yaml"]
+)
+def test_no_file_of_a_run_is_written_through_a_link(
+    tmp_path: Path, tiny_base: Path, canary: Path, name: str
+) -> None:
+    config = make_config(tmp_path / "a", tiny_base, "train.max_steps=1")
+    run = Path(config.output.dir)
+    run.mkdir()
+    (run / "run.json").write_text("{}", encoding="utf-8")  # of a run that failed early
+    (run / name).symlink_to(canary)
+    st.train(config)
+    assert not canary.exists() and not (run / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["adapter", ".adapter.tmp"])
+def test_no_adapter_is_written_through_a_link(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    trainer = st.Trainer(make_config(tmp_path / "a", tiny_base, "train.max_steps=1"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "kept").touch()
+    (trainer.folder.path / name).symlink_to(victim)
+    adapter = trainer.train().adapter_dir
+    assert [path.name for path in victim.iterdir()] == ["kept"]
+    assert not adapter.is_symlink() and (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_of_something_else_stays_open(tmp_path: Path, tiny_base: Path) -> None:
+    config = make_config(tmp_path / "a", tiny_base, "train.max_steps=1")
+    shared = Path(config.output.dir)
+    shared.mkdir(mode=0o755)
+    (shared / "thesis.txt").touch()
+    with pytest.raises(StemtuneError, match="not empty"):
+        st.train(config)
+    with pytest.raises(StemtuneError, match="no usable checkpoint"):
+        st.train(config, resume=True)
+    assert shared.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_run_is_its_owners_alone(tmp_path: Path, tiny_base: Path) -> None:
@@ -208,6 +322,8 @@ def test_a_token_in_the_environment_is_written_nowhere(
         f"HF_TOKEN={TOKEN}",
         f'{{"api_key": "{TOKEN[3:]}"}}',
         f"password: {TOKEN[3:]}",
+        f"AWS_SECRET_ACCESS_KEY={TOKEN[3:]}",
+        f"wandb-key: {TOKEN[3:]}",
     ],
 )
 def test_what_is_shown_and_logged(text: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +334,14 @@ def test_what_is_shown_and_logged(text: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    "text", ["4,096 tokens", "special tokens: 3", "train.micro_batch_tokens=100000", "a keyboard"]
+    "text",
+    [
+        "4,096 tokens",
+        "special tokens: 3",
+        "duplicate key: 'context'",
+        "train.micro_batch_tokens=100000",
+        "a keyboard",
+    ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redacted(text) == text

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -439,6 +440,31 @@ def test_out_of_memory_with_one_sequence(tmp_path: Path, tiny_base: Path) -> Non
     assert run_info(tmp_path / "run")["state"] == "failed"
 
 
+@pytest.mark.parametrize("full", [gpu_full, cpu_full])
+@pytest.mark.parametrize(
+    ("place", "when"),
+    [
+        ("stemtune.model.load.AutoModelForCausalLM.from_pretrained", "loading the model"),
+        ("stemtune.trainer.add_adapter", "loading the model"),
+        ("torch.optim.AdamW.step", "training"),
+        ("stemtune.saver._room_for", "training"),
+    ],
+)
+def test_out_of_memory_where_no_smaller_micro_batch_helps(
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    when: str,
+    full: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(place, lambda *_, **__: full())
+    with pytest.raises(OutOfMemoryError, match=f"while {when}") as raised:
+        st.train(make_config(tmp_path, tiny_base, *SHORT))
+    assert raised.value.exit_code == 8 and "stemtune check" in raised.value.hint
+    assert run_info(tmp_path / "run")["state"] == "failed"
+
+
 def test_out_of_memory_while_evaluating(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +539,24 @@ def test_a_disk_that_is_full_for_other_files(
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].state["progress"]["step"] >= 2
 
 
+@pytest.mark.parametrize("kind", [SafetensorError, Exception])  # of safetensors, of tokenizers
+def test_a_disk_that_is_full_for_what_others_write(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *SHORT))
+
+    def full(folder: str) -> None:
+        Path(folder, "tokenizer.json").write_bytes(b"half of it")
+        raise kind("No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", full)
+    with pytest.raises(DiskError, match="No space left") as raised:
+        trainer.train()
+    assert raised.value.exit_code == 7
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {name for name in left if name.endswith(".tmp")} and "adapter" not in left
+
+
 @pytest.mark.parametrize("fact", [{"phase": "training"}, {"phase": "saving"}, {"state": "done"}])
 def test_a_disk_that_is_full_between_phases(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, fact: dict[str, str]
@@ -582,6 +626,7 @@ def resume(folder: Path, *overrides: str) -> None:
         ("data.system=You are nobody.", "data.system: None → 'You are nobody.'"),
         ("model.dtype=bfloat16", "model.dtype: 'float32' → 'bfloat16'"),
         ("model.attention=padded", "model.attention: 'segments' → 'padded'"),
+        ("model.revision=v2", "model.revision: None → 'v2'"),
     ],
 )
 def test_a_resumed_run_is_the_same_run(finished: Path, override: str, line: str) -> None:

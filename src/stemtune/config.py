@@ -76,7 +76,8 @@ class Model(Section):
     """Take weights from `.bin` files too, read without running what they hold."""
     trust_remote_code: bool = False
     """Run the code that a base of the Hub brings along. It needs a `revision` of 40 hexadecimal
-    digits: code that was looked at, and stays as it was."""
+    digits: code that was looked at, and stays as it was. What is trained on it says so again before
+    the code is run, by `STEMTUNE_TRUST_REMOTE_CODE`, the same commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the frozen base is held and computed in. `auto` takes bfloat16 where the device is
     clearly faster in it, else float32. The adapter itself is always float32."""

@@ -12,6 +12,13 @@ from types import FrameType
 import psutil
 
 log = logging.getLogger(__name__)
+ECHO = 2.0
+
+
+def _echo() -> float:
+    """Seconds in which the same signal may come again: who signals all processes of a run, as
+    systemd and Slurm do, signals torchrun as well, which hands it on to them."""
+    return ECHO if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
 
 
 class StopRequest:
@@ -24,7 +31,11 @@ class StopRequest:
 
     def __init__(self, time_limit: float | None = None) -> None:
         self.requested = False
-        self._time_limit = time_limit
+        self._signalled: float | None = None
+        self._ends: float | None = None
+        if time_limit is not None:  # from here on by a clock that nobody sets
+            age = time.time() - psutil.Process().create_time()
+            self._ends = time.monotonic() + time_limit - age
 
     @contextmanager
     def listening(self) -> Generator[None]:
@@ -40,9 +51,11 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+        if self._signalled is not None:
+            if time.monotonic() - self._signalled > _echo():
+                raise KeyboardInterrupt
+            return
+        self._signalled, self.requested = time.monotonic(), True
         name = signal.Signals(number).name
         # Not by a logger: the signal may have come in the middle of a logger's own writing.
         said = f"{name}: stopping after this step, with a checkpoint; again to stop at once\n"
@@ -55,9 +68,9 @@ class StopRequest:
         Args:
             needed: seconds that the next step, with saving behind it, may take.
         """
-        if self._time_limit is None or self.requested:
+        if self._ends is None or self.requested:
             return
-        left = self._time_limit - (time.time() - psutil.Process().create_time())
+        left = self._ends - time.monotonic()
         if left < needed:
             self.requested = True
             log.warning("%.0f s are left of train.time_limit: stopping with a checkpoint", left)

@@ -6,13 +6,14 @@ import re
 STRUCK = "…"
 TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
 NAMED = re.compile(
-    r"(?i)\b([\w-]*(?:token|api[_-]?key|secret|password)[\"']?\s*[=:]\s*[\"']?)([^\s\"',;]{6,})"
+    r"(?i)\b([\w-]*(?:token|[_-]key|apikey|secret|password)[\"']?\s*[=:]\s*[\"']?)([^\s\"',;]{6,})"
 )
 BEARER = re.compile(r"(?i)\b(bearer\s+)\S{6,}")
 
 
 def redacted(text: str) -> str:
-    """A text without tokens of the Hub, and without what stands behind `…_token=` and its like."""
+    """A text without tokens of the Hub, and without what stands behind `…_token=`, `…_key=` and
+    their like."""
     text = TOKEN.sub(STRUCK, text)
     text = BEARER.sub(rf"\g<1>{STRUCK}", text)
     return NAMED.sub(rf"\g<1>{STRUCK}", text)

@@ -208,8 +208,12 @@ def store(path: Path, key: str, known: Mapping[int, Seq[Tensor]]) -> None:
     }
     facts = {"key": key, "sha256": _digest(tensors.values())}
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=facts)
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary, metadata=facts)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _digest(pieces: Iterable[Tensor]) -> str:

@@ -113,7 +113,11 @@ def refuse_differences(
     settings = training_settings(config)
     _refuse_unknown(allowed, [*settings, *facts])
     changes = settings_difference(state["settings"], settings)
-    came_to = {"dtype": state["dtype"], "attention": state["backend"]}
+    came_to = {
+        "dtype": state["dtype"],
+        "attention": state["backend"],
+        "revision": state["revision"],
+    }
     for key, was in state["wanted"].items():
         wanted = getattr(config.model, key)
         if wanted not in ("auto", was, came_to[key]):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import socket
 from collections.abc import Generator
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from stemtune.errors import DiskError, OutputBusyError, StemtuneError
 from stemtune.redact import Redacting, redacted
 
+RUST_FAULT = re.compile(r"\(os error (\d+)\)")
 State = Literal["running", "done", "failed", "interrupted"]
 
 
@@ -53,7 +55,8 @@ class RunFolder:
         try:
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self.path.chmod(0o700)
+            if self._created:
+                self.path.chmod(0o700)
             self._lock.acquire(timeout=0)
         except Timeout:
             hint = "wait for it, or choose another output.dir"
@@ -64,6 +67,7 @@ class RunFolder:
             raise DiskError(what, where=where, hint=hint) from None
         if not resume:
             self._refuse_results()
+            self.path.chmod(0o700)  # not before: it may be the folder of something else
         self._start_log()
         self.info = _read_json(self.path / "run.json") if resume else {}
         self.info |= {
@@ -107,8 +111,9 @@ class RunFolder:
             if self._created and refused and not self.checkpoints.exists():
                 self.release()
                 shutil.rmtree(self.path, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise self._disk_error(error) from error
+            fault = disk_fault(error)
+            if fault is not None:
+                raise self._disk_error(fault) from error
             raise
 
     def write(self, **facts: Any) -> None:
@@ -138,7 +143,10 @@ class RunFolder:
 
     def _start_log(self) -> None:
         """Everything that is said, with its time and level, also goes to `log.txt`."""
-        self._log = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        path = self.path / "log.txt"
+        if path.is_symlink():
+            path.unlink()
+        self._log = logging.FileHandler(path, encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self._log.addFilter(Redacting())
         logger = logging.getLogger("stemtune")
@@ -149,12 +157,28 @@ class RunFolder:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, whatever happens to process or machine."""
     temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which is not followed
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """What the system said, where an error is that of a disk: safetensors and tokenizers raise
+    their own kinds, with the system's number in the text."""
+    if isinstance(error, OSError):
+        return error
+    found = RUST_FAULT.search(str(error))
+    if found is None or isinstance(error, StemtuneError):
+        return None
+    return OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def sync(path: Path) -> None:

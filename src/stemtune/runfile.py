@@ -81,8 +81,12 @@ def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Co
             _apply_override(stage, stage_places, override)
     configs: list[Config] = []
     for stage, stage_places in whole:
-        config = _resolve_paths(_validated(stage, stage_places, path), path.resolve().parent)
-        configs.append(config)
+        config = _validated(stage, stage_places, path)
+        try:
+            configs.append(_resolve_paths(config, path.resolve().parent))
+        except OSError as error:
+            what, hint = f"can't be read: {error.strerror}", "may this user read the folder?"
+            raise ConfigError(what, where=str(error.filename), hint=hint) from None
     return _chained(configs, names)
 
 
@@ -241,6 +245,9 @@ def _read_text(path: Path, key: str) -> str:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except RecursionError:
+        hint = "a run file has sections, and settings in them"
+        raise ConfigError("nested too deeply", where=str(path), hint=hint) from None
     except FileNotFoundError:
         hint = "`stemtune init` writes a commented one"
         raise ConfigError("there is no such run file", where=str(path), hint=hint) from None

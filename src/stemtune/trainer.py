@@ -47,7 +47,7 @@ from stemtune.model.load import (
     require_rows,
 )
 from stemtune.model.loftq import start_from_residual
-from stemtune.model.memory import peak_memory
+from stemtune.model.memory import memory_told, peak_memory
 from stemtune.model.offload import require_gpu
 from stemtune.model.quantized import require_bitsandbytes, require_trainable
 from stemtune.model.save import save_adapter
@@ -74,6 +74,7 @@ from stemtune.step import Outcome, Step, StepRunner
 from stemtune.tree.sequence import Sequence
 
 log = logging.getLogger(__name__)
+WANTED = ("dtype", "attention", "revision")  # of the base: what was asked for, besides what it was
 REHEARSED_FROM = 50  # steps: of fewer, trying the largest micro-batch first is no small part
 
 
@@ -202,7 +203,7 @@ class Trainer:
                     refuse_differences(saved.state, config, self._facts, allow_changes)
                     warn_of_other_rounding(saved.state, self.ranks.size)
                 self.plan = self._plan()
-            with self.folder.phase("loading the model"):
+            with self.folder.phase("loading the model"), memory_told("loading the model"):
                 self._load_model(saved, allow_changes, terms)
         except BaseException:
             self.folder.release()
@@ -313,11 +314,11 @@ class Trainer:
             OutOfMemoryError: not even one sequence fits.
         """
         try:
-            with self.folder.phase("training"), self.stop.listening():
+            with self.folder.phase("training"), self.stop.listening(), memory_told("training"):
                 if self.ranks.is_first:
                     self._write_facts()
                 self._train_steps()
-            with self.folder.phase("saving"):
+            with self.folder.phase("saving"), memory_told("saving"):
                 result = self._finish()
             # The system counts pages in batches: what was used may seem more than the most ever.
             peak = max(0, int(peak_memory(self.device) * 2**20) - self.memory["used"])
@@ -552,7 +553,7 @@ class Trainer:
             "dtype": self.resolved.model.dtype,
             "revision": self.resolved.model.revision,
             "backend": self.scorer.backend,
-            "wanted": {key: getattr(self.config.model, key) for key in ("dtype", "attention")},
+            "wanted": {key: getattr(self.config.model, key) for key in WANTED},
             "budget": self.scorer.budget,
             "base": self.base_fingerprint,
             "facts": self._facts,

@@ -182,3 +182,13 @@ def test_env(tmp_path: Path) -> None:
     outcome = stemtune_here("env", "--json", cwd=tmp_path)
     assert outcome.code == 0
     assert "torch" in outcome.out and isinstance(json.loads(outcome.out), dict)
+
+
+def test_no_memory_for_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("stemtune.environment.environment", full)
+    outcome = stemtune_here("env", cwd=tmp_path)
+    assert outcome.code == 8
+    assert "out of memory" in outcome.err and "bug" not in outcome.err

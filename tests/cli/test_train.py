@@ -209,6 +209,7 @@ def test_a_real_process(tmp_path: Path, tiny_base: Path, stemtune: Callable[...,
     assert "Traceback" not in said
     stopped = metrics_of(run)[-1]["step"]
     assert 5 <= stopped < 60
+    assert not [path for path in run.rglob("*") if path.stat().st_mode & 0o077]
     assert checkpoint.steps(run / "checkpoints")[-1] == stopped
     assert stemtune("train", tmp_path / "run.yaml", *overrides, "--resume") == 0
     ours, theirs = adapter_of(run / "adapter"), adapter_of(expected)

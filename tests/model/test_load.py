@@ -287,3 +287,28 @@ def test_the_tokenizer_alone(tiny_base: Path, tmp_path: Path) -> None:
         if path.suffix != ".safetensors":
             shutil.copy(path, tmp_path)
     assert load_tokenizer(config(tmp_path)).eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [6, 5, 1])
+def test_a_fingerprint_misses_no_value(dtype: torch.dtype, size: int) -> None:
+    model: Any = torch.nn.Linear(size, 300, dtype=dtype)
+    found = {load.fingerprint(model)}
+    with torch.no_grad():
+        for row in (0, 17, 299):
+            model.weight[row, size - 1] += 1
+            found.add(load.fingerprint(model))
+        if size > 1:
+            model.weight[[20, 21]] = model.weight[[21, 20]]
+            found.add(load.fingerprint(model))
+    assert len(found) == (5 if size > 1 else 4)
+
+
+def test_a_fingerprint_of_a_part_of_a_memory() -> None:
+    """It depends on the values alone."""
+    model: Any = torch.nn.Linear(4, 3)
+    whole = torch.zeros(13)
+    whole[1:] = model.weight.detach().flatten()
+    other: Any = torch.nn.Linear(4, 3)
+    other.weight.data, other.bias.data = whole[1:].view(3, 4), model.bias.detach()
+    assert load.fingerprint(other) == load.fingerprint(model)

@@ -80,6 +80,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             _print_traceback()
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            print("error: out of memory\nhint: `stemtune check` says what fits", file=sys.stderr)
+            sys.exit(8)
         what = f"error: {type(error).__name__}: {error}\nhint: this looks like a bug of stemtune's"
         print(f"{redacted(what)}; the same command with --debug shows where", file=sys.stderr)
         sys.exit(1)

@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,16 @@ def log_to_stderr() -> None:
     handler.setFormatter(_LineFormatter())
     handler.addFilter(Redacting())
     logging.getLogger("stemtune").addHandler(handler)
+
+
+@contextmanager
+def private_files() -> Generator[None]:
+    """What is written within it is its owner's alone, wherever it is moved."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def quieten_libraries() -> None:

@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from stemtune.cli.common import Overrides, RunFile, is_first_process, log_to_stderr
+from stemtune.cli.common import (
+    Overrides,
+    RunFile,
+    is_first_process,
+    log_to_stderr,
+    private_files,
+)
 from stemtune.runfile import load_stages
 
 
@@ -34,10 +40,11 @@ def train(
     from stemtune.trainer import train as run
 
     allowed = [name.strip() for name in allow_change.split(",") if name.strip()]
-    if len(stages) == 1:
-        result = run(config, resume=resume, allow_changes=allowed, surveyed=surveyed[0])
-    else:
-        result = run(stages, resume=resume, allow_changes=allowed)
+    with private_files():
+        if len(stages) == 1:
+            result = run(config, resume=resume, allow_changes=allowed, surveyed=surveyed[0])
+        else:
+            result = run(stages, resume=resume, allow_changes=allowed)
     if not is_first_process():
         return
     typer.echo(f"next: stemtune chat {_shown(result.output_dir)}", err=True)

@@ -23,6 +23,7 @@ from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
 from stemtune.model.names import CARD, PROMPT_FILE
 from stemtune.model.quantized import comes_quantized, rounded
+from stemtune.model.trust import require_inside, require_own_files, require_trust
 from stemtune.rundir import write_text
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> Comparison | Non
 
 def read_adapter(folder: Path) -> SavedAdapter:
     """Raises: ModelError, if it is none of stemtune's, or damaged."""
+    require_own_files(folder)
     try:
         prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
         lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -142,6 +144,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     except Exception as error:  # safetensors has its own kinds
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from error
+    require_trust(model, folder)
     if lora.get("target_parameters"):
         what, hint = "it adapts the experts of a mixture", "PEFT alone runs such an adapter"
         raise ModelError(what, where=str(folder), hint=hint)
@@ -223,6 +226,7 @@ def _copy_rest(adapter: SavedAdapter, source: Path, target: Path, dtype: str | N
         wanted = own or path.suffix in (".json", ".jinja", ".model", ".txt")
         is_map = path.name.endswith(".index.json")
         if path.is_file() and wanted and path.name not in NOT_OF_THE_BASE and not is_map:
+            require_inside(path, path.parent)
             shutil.copyfile(path, target / path.name)
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)

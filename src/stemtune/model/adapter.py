@@ -17,10 +17,12 @@ from stemtune.config import Adapter, Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model.chatglm_adapter import renamed
 from stemtune.model.lora import use_fast_layers
+from stemtune.model.memory import memory_errors
 from stemtune.model.names import PROMPT_FILE
 from stemtune.model.pissa import START, keep_start
 from stemtune.model.quantized import require_dense_for_dora
 from stemtune.model.targets import find_targets, require_modules, upper_layers
+from stemtune.model.trust import require_own_files
 
 
 def add_adapter(
@@ -110,7 +112,8 @@ def add_start(model: PeftModel, config: Adapter) -> None:
 @contextmanager
 def _explained(folder: Path) -> Generator[None]:
     try:
-        yield
+        with memory_errors():
+            yield
     except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # PEFT, safetensors and torch: each has its own kinds
@@ -155,11 +158,17 @@ def require_adapter(config: Adapter, model: Model) -> str:
     """
     if config.init_from is None:
         return ""
-    folder = adapter_folder(Path(config.init_from))
+    try:
+        folder = adapter_folder(Path(config.init_from))
+        require_own_files(folder)
+    except OSError as error:
+        hint = "may this user read the folder?"
+        what = f"the adapter can't be read: {error.strerror}"
+        raise ConfigError(what, where=config.init_from, hint=hint) from None
     where = str(folder)
     try:
         text = (folder / "adapter_config.json").read_bytes()
-        weights = _weights_file(folder, model.allow_pickled).read_bytes()
+        weights = weights_file(folder, model.allow_pickled).read_bytes()
         saved = json.loads(text)
         if saved["peft_type"] != "LORA":
             hint = "train a new one, or go on with a LoRA adapter"
@@ -187,7 +196,12 @@ def require_adapter(config: Adapter, model: Model) -> str:
     return hashlib.sha256(text + weights).hexdigest()
 
 
-def _weights_file(folder: Path, allow_pickled: bool) -> Path:
+def weights_file(folder: Path, allow_pickled: bool) -> Path:
+    """The file of an adapter's weights; whether it is there, its reader says.
+
+    Raises:
+        ModelError: only a pickle holds them, and nobody asked for that.
+    """
     plain, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if plain.is_file() or not pickled.is_file():
         return plain

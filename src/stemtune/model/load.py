@@ -22,6 +22,7 @@ from transformers import (
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError, StemtuneError
 from stemtune.model import chatglm, gguf, hub, smollm2
+from stemtune.model.memory import memory_errors
 from stemtune.model.offload import offload, require_gpu
 from stemtune.model.processor import prepare_processor
 from stemtune.model.quantized import hold_packed, quantization, require_trainable
@@ -113,14 +114,28 @@ def require_rows(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over a sample of every weight: tells bases apart in a moment."""
+    """SHA-256 over a sample of every weight and the sums of its bits: tells bases apart in a
+    moment, by whatever value."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         stride = max(1, weight.numel() // SAMPLES)
         sample = weight.detach().flatten()[::stride].float().cpu().contiguous()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
+        digest.update(_sums(weight.detach()).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _sums(weight: torch.Tensor) -> torch.Tensor:
+    """Of the bits of each row, as whole numbers: a value that changes, changes one of them. Sums
+    are taken as fast as memory is read; a hash of all would take as long as loading."""
+    columns = weight.shape[-1] if weight.dim() > 1 and weight.shape[-1] > 1 else weight.numel()
+    rows = weight.contiguous().view(-1, columns) if columns else weight.view(0, 0)
+    wide = rows.shape[1] * rows.element_size() % 8 == 0
+    if rows.storage_offset() * rows.element_size() % 8:
+        rows = rows.clone()
+    whole = rows.view(torch.int64 if wide else torch.uint8)
+    return whole.sum(dim=-1, dtype=torch.int64).cpu()
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
@@ -271,7 +286,8 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 768) -> float:
 def _explained(config: Model) -> Generator[None]:
     """Turns what transformers and the hub raise into one error for a person."""
     try:
-        yield
+        with memory_errors():
+            yield
     except (torch.OutOfMemoryError, StemtuneError):
         raise
     except Exception as error:  # safetensors, pickle, tokenizers: each has its own kinds

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from stemtune.errors import OutOfMemoryError
+
 CGROUP = Path("/sys/fs/cgroup")  # of a container
 
 
@@ -27,6 +29,21 @@ def memory_errors() -> Generator[None]:
         if any(text in str(error) for text in ("can't allocate memory", "std::bad_alloc")):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
+
+
+@contextmanager
+def memory_told(when: str) -> Generator[None]:
+    """Within it memory may run out where no smaller micro-batch helps.
+
+    Raises:
+        OutOfMemoryError: it did, and what to do about it.
+    """
+    try:
+        with memory_errors():
+            yield
+    except torch.OutOfMemoryError as error:
+        hint = "`stemtune check` says what fits: model.dtype, model.quantization, adapter.r"
+        raise OutOfMemoryError(f"out of memory while {when}", where="train", hint=hint) from error
 
 
 def free_memory(device: torch.device) -> int:

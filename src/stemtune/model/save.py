@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
-from stemtune.model.adapter import load_onto
+from stemtune.model.adapter import load_onto, weights_file
 from stemtune.model.load import choose_device, load_model
 from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
+from stemtune.model.trust import require_own_files, require_trust
 from stemtune.rundir import write_text
 
 LOCAL_KEYS = ("is_local", "local_files_only")
@@ -34,7 +35,23 @@ def save_adapter(
         files: what else to put into it, by name: the model card, for one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
+    try:
+        _write(model, tokenizer, temporary, config, files or {})
+    except BaseException:
+        _delete(temporary)  # a full disk needs the space
+        raise
+    _delete(folder)
+    temporary.rename(folder)
+
+
+def _write(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temporary: Path,
+    config: Config,
+    files: Mapping[str, str | bytes],
+) -> None:
     _save_weights(model, temporary, config)
     tokenizer.save_pretrained(str(temporary))
     tokenizer_config = temporary / "tokenizer_config.json"
@@ -54,15 +71,20 @@ def save_adapter(
         "rag": config.data.rag.model_dump(),
     }
     (temporary / CARD).unlink(missing_ok=True)  # PEFT's says nothing, and names a folder of ours
-    for name, content in (files or {}).items():
+    for name, content in files.items():
         if isinstance(content, str):
             write_text(temporary / name, content)
         else:
             (temporary / name).write_bytes(content)
     write_text(temporary / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False))
-    if folder.exists():
+
+
+def _delete(folder: Path) -> None:
+    """A folder, or a link to one: what that leads to stays as it is."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
-    temporary.rename(folder)
 
 
 def _save_weights(model: PeftModel, folder: Path, config: Config) -> None:
@@ -95,14 +117,17 @@ def read_settings(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The base of a saved adapter, and the settings of its prompts.
 
     Raises:
-        ModelError: not an adapter of stemtune's.
+        ModelError: not an adapter of stemtune's, or one that is not to be trusted.
     """
+    require_own_files(folder)
     try:
         prompt = json.loads((folder / PROMPT_FILE).read_text(encoding="utf-8"))
-        return Model.model_validate(prompt["model"]), prompt
+        model = Model.model_validate(prompt["model"])
     except (OSError, ValueError, KeyError, TypeError):
         hint = "give the folder of a finished run, or its adapter/"
         raise ModelError("no adapter of stemtune's here", where=str(folder), hint=hint) from None
+    require_trust(model, folder)
+    return model, prompt
 
 
 def load_adapter(
@@ -114,6 +139,7 @@ def load_adapter(
         ModelError: not an adapter of stemtune's.
     """
     config, prompt = read_settings(folder)
+    weights_file(folder, config.allow_pickled)
     changes: dict[str, Any] = {"device": device}
     if choose_device(device).type != "cuda":  # it may have been trained on one
         changes["offload_layers"] = None
