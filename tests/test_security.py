@@ -119,8 +119,11 @@ def test_code_that_an_adapter_asks_for(
     base = copy_of(tiny_base, tmp_path / "base")
     code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
     code += "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    # Classes of its own: transformers marks those that it loads so, for the whole process.
+    code += "class Config(LlamaConfig): pass\n"
+    code += "class Model(LlamaForCausalLM): config_class = Config\n"
     (base / "evil.py").write_text(code, encoding="utf-8")
-    classes = {"AutoConfig": "evil.LlamaConfig", "AutoModelForCausalLM": "evil.LlamaForCausalLM"}
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     rewrite(base / "config.json", auto_map=classes)
     prompt = json.loads((adapter / PROMPT_FILE).read_text(encoding="utf-8"))
     said = {"base": str(base), "trust_remote_code": True, "revision": "0" * 40}

@@ -119,7 +119,10 @@ def test_loftq_belongs_on_its_own_base(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_base_is_held_as_in_training(tmp_path: Path, model: dict[str, Any], flags: str) -> None:
+def test_the_base_is_held_as_in_training(
+    tmp_path: Path, model: dict[str, Any], flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUSTED, "a" * 40)
     assert f" {flags} " in words(write_run(tmp_path / "run", {}, {**HUB, **model}))
 
 
