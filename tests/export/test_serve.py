@@ -11,6 +11,7 @@ import pytest
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.export.serve import Address, read_run, serve_command
+from stemtune.model.trust import TRUSTED
 
 ALL = {"vllm": "vllm", "transformers": "transformers", "llama.cpp": "llama-server"}
 HUB = {"base": "Qwen/Qwen3-0.6B", "revision": "0123abc"}
