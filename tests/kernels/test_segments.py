@@ -1,6 +1,7 @@
 """Attention of segments over their paths: value and gradients against the formula in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def gradients(
     return result.detach(), list(torch.autograd.grad(result, leaves, above))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 384])
+@pytest.mark.parametrize("rows", [1, 3, 8, 768])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 7, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_value_and_gradients(
@@ -74,7 +75,7 @@ def test_value_and_gradients(
     assert all(largest_error(a, b) < 1e-12 for a, b in zip(found[1], expected[1], strict=True))
 
 
-@pytest.mark.parametrize("rows", [3, 384])
+@pytest.mark.parametrize("rows", [3, 768])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("cap", [0.5, 2.0, 50.0])
 def test_capped_scores(
@@ -133,6 +134,40 @@ def test_precision(dtype: torch.dtype, bound: float) -> None:
     assert relative_error(found[0].double(), expected[0]) < bound
     for gradient, wanted in zip(found[1], expected[1], strict=True):
         assert relative_error(gradient.double(), wanted) < bound
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("smallest", [1, 60, 10**9], ids=["each", "large ones", "none"])
+def test_heads_one_by_one(
+    smallest: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed head by head, in fp32 where that is faster, comes to the same."""
+    monkeypatch.setattr(module, "ALONE", smallest)
+    monkeypatch.setattr(module, "has_fast_linear", lambda _: True)
+    products = count_calls(monkeypatch, "linear")
+    inputs, above = [x.float() for x in states(2)], states(2, seed=1)[0].float()
+    found = gradients(
+        lambda q, k, v: segments_attention(q, k, v, FOREST, SCALE, window), inputs, above
+    )
+    exact = [tensor.double() for tensor in inputs]
+    expected = gradients(lambda q, k, v: formula(q, k, v, window), exact, above.double())
+    assert relative_error(found[0].double(), expected[0]) < 1e-6
+    for gradient, wanted in zip(found[1], expected[1], strict=True):
+        assert relative_error(gradient.double(), wanted) < 1e-6
+    # Two heads, five products (two forward, three backward) of a segment in one block.
+    large = sum(2 * (s.end - s.start) * s.length >= smallest for s in FOREST)
+    assert products[0] == 2 * 5 * large and large == {1: 6, 60: 3, 10**9: 0}[smallest]
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    calls, real = [0], getattr(module, name)
+
+    def counted(*inputs: Any) -> Any:
+        calls[0] += 1
+        return real(*inputs)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
 
 
 def test_keeps_nothing_quadratic() -> None:

@@ -55,6 +55,11 @@ def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
+def has_fast_linear(device: torch.device) -> bool:
+    """Whether `linear` has a faster kernel for large fp32 matrices than torch itself."""
+    return device.type == "cpu" and _onednn_is_exact()
+
+
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Dense fp32 matrices on a CPU. With other strides oneDNN falls back to a reference kernel that
     takes a thousand times as long."""

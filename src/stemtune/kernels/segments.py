@@ -5,19 +5,24 @@ the tokens, not with their square. The G query heads of a key/value head are sta
 matrix product: keys are never repeated. Gradients of keys and values are added up in one buffer.
 
 Shapes: N packed tokens, H query heads, K key/value heads, G = H / K, D head width (of values E); a
-segment has n tokens and its path (ancestors and itself) m.
+segment has n tokens and its path (ancestors and itself) m; h of the K heads are computed together.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CPU_ROWS = 384  # stacked rows of scores at a time: small enough for a cache, enough for a product
+from stemtune.kernels.linear import has_fast_linear, linear
+
+CPU_ROWS = 768  # rows of scores of a head at a time, of several heads half as many: see notes.md
 GPU_ROWS = 4096
+ALONE = 1_000_000  # scores of a segment in a head from which heads are computed one by one
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,10 @@ class _Segments(torch.autograd.Function):
     ) -> Tensor:
         queries = _stack(query * scale, key.shape[0])
         output = _tokens_first(queries, value.shape[-1])
-        for segment in segments:
-            keys, values = _take(key, segment.path), _take(value, segment.path)
-            for block in _blocks(segment, queries, window):
-                scores = _scores(_rows(queries, block), keys, block, cap)
-                weights = _weights(scores, block)
-                _put(output, block, torch.bmm(weights, values[:, block.keys]))
+        for heads, mine in _together(segments, queries):
+            own = [states[heads] for states in (queries, key, value, output)]
+            for segment in mine:
+                _attend(segment, own, window, cap)
         ctx.save_for_backward(query, key, value, output)
         ctx.segments, ctx.scale, ctx.window, ctx.cap = segments, scale, window, cap
         return output.flatten(0, 1)
@@ -95,26 +98,48 @@ class _Segments(torch.autograd.Function):
         mean = (above * output).sum(-1, keepdim=True, dtype=wide).to(query.dtype)
         to_query = _tokens_first(queries, queries.shape[-1])
         to_key, to_value = (x.new_zeros(x.shape, dtype=wide) for x in (key, value))
-        for segment in ctx.segments:
-            keys, values = _take(key, segment.path), _take(value, segment.path)
-            to_keys, to_values = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
-            for block in _blocks(segment, queries, ctx.window):
-                rows, own = _rows(queries, block), _rows(above, block)
-                scores = _scores(rows, keys, block, ctx.cap)
-                slope = None if ctx.cap is None else 1 - (scores / ctx.cap) ** 2
-                weights = _weights(scores, block)
-                to_scores = torch.bmm(own, values[:, block.keys].mT)
-                to_scores.sub_(_rows(mean, block)).mul_(weights)
-                if slope is not None:
-                    to_scores.mul_(slope)
-                _add_product(to_values[:, block.keys], weights, own)
-                _add_product(to_keys[:, block.keys], to_scores, rows)
-                _put(to_query, block, torch.bmm(to_scores, keys[:, block.keys]))
-            _give(to_key, to_keys, segment.path)
-            _give(to_value, to_values, segment.path)
+        known = (queries, key, value, above, mean, to_query, to_key, to_value)
+        for heads, mine in _together(ctx.segments, queries):
+            own = [states[heads] for states in known]
+            for segment in mine:
+                _attend_backward(segment, own, ctx.window, ctx.cap)
         to_query.mul_(ctx.scale)
         to_key, to_value = to_key.to(key.dtype), to_value.to(value.dtype)
         return to_query.flatten(0, 1), to_key, to_value, None, None, None, None
+
+
+def _attend(
+    segment: SegmentPath, states: list[Tensor], window: int | None, cap: float | None
+) -> None:
+    """A segment's part of the output, for some heads."""
+    queries, key, value, output = states
+    keys, values = _take(key, segment.path), _take(value, segment.path)
+    for block in _blocks(segment, queries, window):
+        weights = _weights(_scores(_rows(queries, block), keys, block, cap), block)
+        _put(output, block, _times(weights, values[:, block.keys].mT))
+
+
+def _attend_backward(
+    segment: SegmentPath, states: list[Tensor], window: int | None, cap: float | None
+) -> None:
+    """A segment's part of the gradients, added up; `above` is ∂O, `mean` what softmax takes off."""
+    queries, key, value, above, mean, to_query, to_key, to_value = states
+    keys, values = _take(key, segment.path), _take(value, segment.path)
+    to_keys, to_values = (x.new_zeros(x.shape, dtype=to_key.dtype) for x in (keys, values))
+    for block in _blocks(segment, queries, window):
+        rows, own = _rows(queries, block), _rows(above, block)
+        scores = _scores(rows, keys, block, cap)
+        slope = None if cap is None else 1 - (scores / cap) ** 2
+        weights = _weights(scores, block)
+        to_scores = _times(own, values[:, block.keys])
+        to_scores.sub_(_rows(mean, block)).mul_(weights)
+        if slope is not None:
+            to_scores.mul_(slope)
+        _add_product(to_values[:, block.keys], weights, own)
+        _add_product(to_keys[:, block.keys], to_scores, rows)
+        _put(to_query, block, _times(to_scores, keys[:, block.keys].mT))
+    _give(to_key, to_keys, segment.path)
+    _give(to_value, to_values, segment.path)
 
 
 @dataclass(frozen=True)
@@ -141,9 +166,23 @@ class _Block:
         return hidden.tril_(self.outside - count)
 
 
+def _together(
+    segments: list[SegmentPath], stacked: Tensor
+) -> Iterator[tuple[slice, list[SegmentPath]]]:
+    """Key/value heads that are computed together, and the segments for which they are: one by one
+    where a product of two matrices has a faster kernel than a batched one, and is worth a call."""
+    heads, groups, _, _ = stacked.shape
+    fast = stacked.dtype == torch.float32 and has_fast_linear(stacked.device)
+    large = [fast and groups * (s.end - s.start) * s.length >= ALONE for s in segments]
+    yield slice(None), list(compress(segments, map(not_, large)))
+    for head in range(heads):
+        yield slice(head, head + 1), list(compress(segments, large))
+
+
 def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterator[_Block]:
-    limit = CPU_ROWS if stacked.device.type == "cpu" else GPU_ROWS
-    size = max(1, limit // stacked.shape[1])
+    heads, groups, _, _ = stacked.shape
+    limit = GPU_ROWS if stacked.device.type == "cuda" else CPU_ROWS // min(heads, 2)
+    size = max(1, limit // groups)
     before = segment.length - segment.end  # a packed index plus this is a place in the path
     for start in range(segment.start, segment.end, size):
         end = min(start + size, segment.end)
@@ -154,8 +193,8 @@ def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterat
 
 
 def _scores(rows: Tensor, keys: Tensor, block: _Block, cap: float | None) -> Tensor:
-    """Of a block's queries [K, G·rows, D] with its keys."""
-    scores = torch.bmm(rows, keys[:, block.keys].mT)
+    """Of a block's queries [h, G·rows, D] with its keys."""
+    scores = _times(rows, keys[:, block.keys])
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
@@ -188,13 +227,20 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.bmm(left.mT, right)
 
 
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """The product left rightᵀ: [h, n, c] and [h, m, c] to [h, n, m]."""
+    if left.shape[0] == 1:
+        return linear(left[0], right[0])[None]
+    return torch.bmm(left, right.mT)
+
+
 def _stack(states: Tensor, kv_heads: int) -> Tensor:
     """[H, N, D] as [K, G, N, D]."""
     return states.unflatten(0, (kv_heads, -1))
 
 
 def _rows(stacked: Tensor, block: _Block) -> Tensor:
-    """A block's rows of [K, G, N, D] as [K, G·rows, D]."""
+    """A block's rows of [h, G, N, D] as [h, G·rows, D]."""
     return stacked[:, :, block.rows].flatten(1, 2)
 
 
