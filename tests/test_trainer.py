@@ -783,6 +783,25 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path, tiny_base: Path) -> None:
     st.train(make_config(tmp_path, tiny_base, *SHORT))  # the same folder, with a good base
 
 
+def test_held_out_numbers_that_are_none_are_named(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = score.target_logprobs
+
+    def poisoned(model: Any, tree: Any, *more: Any) -> Any:
+        logps = real(model, tree, *more)
+        return torch.where(torch.from_numpy(tree.target_sequence) == 0, torch.nan, logps)
+
+    monkeypatch.setattr(score, "target_logprobs", poisoned)
+    config = make_config(tmp_path, tiny_base, *SHORT, *EVALUATED)
+    trainer = st.Trainer(config)
+    with pytest.raises(DivergedError, match="step 0: the held-out loss is nan") as raised:
+        trainer.train()
+    assert raised.value.exit_code == 4 and "held-out" not in str(raised.value.where)
+    assert str(raised.value.where) in {str(trainer.data.eval.place(n)) for n in range(9)}
+    assert "look at these rows" in str(raised.value.hint)
+
+
 def test_a_failing_evaluation_says_so(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

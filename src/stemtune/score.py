@@ -1,9 +1,9 @@
 """Log-probabilities under the model's own dtype, without a gradient."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
@@ -66,6 +66,17 @@ class Scorer:
         self.answers = config.answers
         self.compares = config.answers != "best"
         self.has_reference = config.has_reference
+        self._ask: Callable[[], None] | None = None
+
+    @contextmanager
+    def asking(self, ask: Callable[[], None]) -> Generator[None]:
+        """Within it `ask` is called now and then, and may raise to stop: after each micro-batch, or
+        where processes have to meet for it, after each piece of a part."""
+        self._ask = ask
+        try:
+            yield
+        finally:
+            self._ask = None
 
     def micro_batches(self, sequences: Seq[Sequence]) -> list[MicroBatch]:
         """Which sequences run together, of those that are this process's to run."""
@@ -153,6 +164,8 @@ class Scorer:
                     logps = target_logprobs(self.model, tree, self.backend).cpu()
                     for index, part in zip(batch, torch.split(logps, counts), strict=True):
                         found[index] = part.clone()
+                    if self._ask is not None and self.ranks.size == 1:
+                        self._ask()
         finally:
             self.model.train(training)
         return found
@@ -177,4 +190,6 @@ class Scorer:
         for start in range(0, len(part), AT_ONCE):
             records = range(start, min(start + AT_ONCE, len(part)))
             found += self.logps(part.of(records), adapter=adapter)
+            if self._ask is not None:
+                self._ask()
         return found

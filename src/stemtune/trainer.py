@@ -93,6 +93,7 @@ class Progress:
     """Where a run is: all that a resumed run must know besides weights and optimizer."""
 
     step: int = 0
+    evaluated: int = -1  # the last step that was: a signal does not wait for an evaluation
     best_step: int | None = None
     best_loss: float | None = None
     skipped: int = 0
@@ -349,9 +350,8 @@ class Trainer:
             self.folder.write(phase="training")
         if total - start > REHEARSED_FROM:
             self.runner.rehearse(self.data.train.longest_records(self.config.train.batch_size))
-        if start == 0:
-            self._evaluate_and_log()
         with console.bar:
+            self._evaluate_if_due()
             while self.progress.step < total:
                 self._stop_if_asked()
                 line = self._step(self.plan[self.progress.step])
@@ -360,9 +360,8 @@ class Trainer:
                 self._log(line)
                 console.step(line)
                 self.stop.look_at_clock(needed=2 * line["seconds"])
+                self._evaluate_if_due()
                 step = self.progress.step
-                if step == total or step % self._eval_steps == 0:
-                    self._evaluate_and_log()
                 if step == total or step % self.config.train.save_steps == 0:
                     self._commit()
 
@@ -517,15 +516,22 @@ class Trainer:
         """For each record the loss of each of its targets."""
         return losses_by_record(part, self.scorer.part_logps(part))
 
+    def _evaluate_if_due(self) -> None:
+        """At the start, at the end, and every so many steps; once."""
+        step = self.progress.step
+        due = step == len(self.plan) or step % self._eval_steps == 0
+        if due and step != self.progress.evaluated:
+            self._evaluate_and_log()
+
     def _evaluate_and_log(self) -> None:
-        with self.folder.phase("evaluating"):
+        with self.folder.phase("evaluating"), self.scorer.asking(self._stop_if_asked):
             metrics = self.evaluate()
         self.folder.write(phase="training")
+        step = self.progress.evaluated = self.progress.step
         if not metrics:
             return
-        step = self.progress.step
         if not math.isfinite(metrics["eval_loss"]):
-            raise DivergedError(f"step {step}: the held-out loss is {metrics['eval_loss']}")
+            self._held_out_diverged(metrics["eval_loss"])
         self._log({"step": step, **metrics})
         log.info("step %d  held-out loss %.4f", step, metrics["eval_loss"])
         best = self.progress.best_loss
@@ -534,6 +540,16 @@ class Trainer:
             self.progress.best_step = step
             if step:
                 self._commit()
+
+    def _held_out_diverged(self, loss: float) -> NoReturn:
+        part = self.data.eval
+        numbers = enumerate(self.record_losses(part))
+        bad = [number for number, losses in numbers if not all(map(math.isfinite, losses))]
+        where = ", ".join(str(part.place(number)) for number in bad[:3]) or "the held-out records"
+        hint = "lower train.learning_rate, or look at these rows"
+        raise DivergedError(
+            f"step {self.progress.step}: the held-out loss is {loss}", where=where, hint=hint
+        )
 
     # -- keeping ------------------------------------------------------------------------------
 

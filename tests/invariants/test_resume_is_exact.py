@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import stemtune as st
-from stemtune import checkpoint, fit, setup
+from stemtune import checkpoint, fit, score, setup
 from stemtune.errors import Interrupted
 from stemtune.objectives import terms_of
 from tests.runs import (
@@ -115,6 +115,34 @@ def test_a_stop_between_steps(tmp_path: Path, tiny_base: Path, whole: Any, step:
     assert run_info(tmp_path / "run")["state"] == "interrupted"
     st.train(config, resume=True)
     assert_same_run(tmp_path / "run", whole("one micro-batch"))
+
+
+@pytest.mark.parametrize("tree", [1, 2, 3, 4])
+def test_a_stop_within_an_evaluation(
+    tmp_path: Path, tiny_base: Path, whole: Any, tree: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is broken off: a scheduler may not wait for it. There are four, of one tree each: at the
+    start, twice in between, at the end."""
+    way = "many micro-batches"
+    config = make_config(tmp_path, tiny_base, *SETTINGS, *WAYS[way])
+    trainer = st.Trainer(config)
+    trees, real = 0, score.build_tree
+
+    def build(sequences: Any) -> Any:
+        nonlocal trees
+        trees += 1
+        trainer.stop.requested |= trees == tree
+        return real(sequences)
+
+    monkeypatch.setattr(score, "build_tree", build)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trees == tree
+    evaluated = [line["step"] for line in metrics_of(tmp_path / "run") if "eval_loss" in line]
+    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    assert step % 3 == 0 and step not in evaluated
+    st.train(config, resume=True)
+    assert_same_run(tmp_path / "run", whole(way))
 
 
 @pytest.mark.parametrize("way", WAYS)
