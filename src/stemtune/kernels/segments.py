@@ -115,8 +115,8 @@ def _attend(
     queries, key, value, output = states
     keys, values = _take(key, segment.path), _take(value, segment.path)
     for block in _blocks(segment, queries, window):
-        weights = _weights(_scores(_rows(queries, block), keys, block, cap), block)
-        _put(output, block, _times(weights, values[:, block.keys].mT))
+        weights = _weights(_scores(_rows(queries, block), _seen(keys, block), cap), block)
+        _put(output, block, _times(weights, _seen(values, block).mT))
 
 
 def _attend_backward(
@@ -127,17 +127,20 @@ def _attend_backward(
     keys, values = _take(key, segment.path), _take(value, segment.path)
     to_keys, to_values = (x.new_zeros(x.shape, dtype=to_key.dtype) for x in (keys, values))
     for block in _blocks(segment, queries, window):
-        rows, own = _rows(queries, block), _rows(above, block)
-        scores = _scores(rows, keys, block, cap)
+        rows, own, seen = _rows(queries, block), _rows(above, block), _seen(keys, block)
+        scores = _scores(rows, seen, cap)
         slope = None if cap is None else 1 - (scores / cap) ** 2
         weights = _weights(scores, block)
-        to_scores = _times(own, values[:, block.keys])
+        del scores  # two matrices of this size are alive at once, not three
+        _add_product(to_values[:, block.keys], weights, own)
+        to_scores = _times(own, _seen(values, block))
         to_scores.sub_(_rows(mean, block)).mul_(weights)
+        del weights
         if slope is not None:
             to_scores.mul_(slope)
-        _add_product(to_values[:, block.keys], weights, own)
         _add_product(to_keys[:, block.keys], to_scores, rows)
-        _put(to_query, block, _times(to_scores, keys[:, block.keys].mT))
+        _put(to_query, block, _times(to_scores, seen.mT))
+        del to_scores
     _give(to_key, to_keys, segment.path)
     _give(to_value, to_values, segment.path)
 
@@ -192,9 +195,16 @@ def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterat
         yield _Block(slice(start, end), keys, outside, stacked.device)
 
 
-def _scores(rows: Tensor, keys: Tensor, block: _Block, cap: float | None) -> Tensor:
-    """Of a block's queries [h, G·rows, D] with its keys."""
-    scores = _times(rows, keys[:, block.keys])
+def _seen(path: Tensor, block: _Block) -> Tensor:
+    """A path's keys or values that a block's rows may see. In half precision they are made dense
+    here, once: a batched product would do it by itself, each time."""
+    seen = path[:, block.keys]
+    return seen if seen.element_size() > 2 else seen.contiguous()
+
+
+def _scores(rows: Tensor, keys: Tensor, cap: float | None) -> Tensor:
+    """Of a block's queries [h, G·rows, D] with the keys that it may see."""
+    scores = _times(rows, keys)
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
