@@ -17,9 +17,9 @@ or in NF4 (`--held nf4`, where bitsandbytes is there), in micro-batches of `--bu
   targets alone.
 - `trl`: TRL's fused head (its Triton kernels) on such batches, as its trainers run them.
 
-Every round runs each way once; the table has medians, and counts tokens as separate sequences have
-them. *share* is the share of the bfloat16 matrix peak, measured beside, of the operations that a
-way needs.
+Every round runs each way once; the table has medians, counts tokens as separate sequences have
+them, and tells how far each back end is from separate sequences by plain matrix products. *share*
+is the share of the bfloat16 matrix peak, measured beside, of the operations that a way needs.
 """
 
 import argparse
@@ -44,12 +44,22 @@ from stemtune.model.targets import find_targets
 from stemtune.plan.pack import pack
 
 # family, then: hidden, intermediate, blocks, heads, key/value heads, vocabulary
+ONE = (2048, 8192, 16, 32, 8, 128_256)
 MODELS = {
     "tiny": ("Llama", 64, 128, 2, 4, 2, 1000),
-    "llama-1b": ("Llama", 2048, 8192, 16, 32, 8, 128_256),
+    "llama-1b": ("Llama", *ONE),
+    "mistral-1b": ("Mistral", *ONE),
+    "gemma2-1b": ("Gemma2", *ONE),
+    "glm-1b": ("Glm", *ONE),
+    "phi3-1b": ("Phi3", *ONE),
     "qwen3-1.7b": ("Qwen3", 2048, 6144, 28, 16, 8, 151_936),
     "qwen3-4b": ("Qwen3", 2560, 9728, 36, 32, 8, 151_936),
     "llama-8b": ("Llama", 4096, 14336, 32, 32, 8, 128_256),
+}
+MORE: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 256},
+    "Gemma2": {"attn_logit_softcapping": 50.0, "sliding_window": 256},
+    "Glm": {"partial_rotary_factor": 0.5},
 }
 BACKENDS = ("flex", "varlen", "segments", "padded")
 RANK = 16
@@ -83,8 +93,11 @@ def main() -> None:
         found["rows"] += measure(options, name, found["peak_tflops"] * 1e12)
         if options.json:  # what was measured stays, whatever comes
             options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("| model | work | tokens / distinct | way | s | range | to the best | share | MiB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | work | tokens / distinct | way | s | range | tokens/s | to the best | share |"
+        " MiB | error, mean, largest |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(map(line_of, found["rows"])))
 
 
@@ -160,23 +173,30 @@ def make_model(options: argparse.Namespace, name: str, *, ours: bool) -> PeftMod
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=16 if name == "tiny" else 64 if name == "llama-1b" else 128,
+        head_dim=128 if hidden // heads > 64 or family == "Qwen3" else hidden // heads,
         vocab_size=vocabulary,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         pad_token_id=0,
+        **MORE.get(family, {}),
     )
     torch.manual_seed(0)
     with torch.device(options.device):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     base.requires_grad_(False)
+    if not ours and family == "Gemma2":  # no other attention of its own caps its scores
+        base.set_attn_implementation("eager")
     if options.held == "nf4":
         quantize(base, options.device, ours=ours)
     elif not ours and find_spec("trl") is not None:
         from trl.trainer.utils import add_fused_lm_head
 
         add_fused_lm_head(base)
-    lora = LoraConfig(r=RANK, target_modules=find_targets(base, "auto"), task_type="CAUSAL_LM")
+    targets = find_targets(base, "auto")
+    # Not zero: an adapter that does something.
+    lora = LoraConfig(
+        r=RANK, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False
+    )
     torch.manual_seed(0)
     model = get_peft_model(base, use_fast_layers(lora) if ours else lora)
     assert isinstance(model, PeftModel)
@@ -255,9 +275,10 @@ def hand(model: PeftModel, batches: list[Rows]) -> Step:
 
     def loss(rows: Rows) -> torch.Tensor:
         ids, _, labels = padded(model, rows)
-        hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
-        return F.cross_entropy(base.lm_head(hidden[wanted]).float(), labels[:, 1:][wanted])
+        logits = base.get_output_embeddings()(hidden[wanted])
+        return F.cross_entropy(logits.float(), labels[:, 1:][wanted])
 
     return looped(batches, loss)
 
@@ -340,7 +361,21 @@ def timed(
         if line["seconds"]:
             line["median"] = statistics.median(line["seconds"])
             line["share"] = line["flops"] / line["median"] / peak
+            line["tokens_per_second"] = sum(map(len, rows)) / line["median"]
+            if way in BACKENDS:
+                line |= error_of(model, rows[:3], way, options.device)
     return list(lines.values())
+
+
+def error_of(model: PeftModel, rows: Rows, backend: str, device: str) -> dict[str, float]:
+    """How far a back end's log-probabilities are from those of separate sequences by plain matrix
+    products, both in the dtype of a step. What `padded` has here, is what two right ways differ."""
+    tree = st.build_tree(rows)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        model.get_base_model().set_attn_implementation("eager")
+        truth = st.target_logprobs(model, tree, "padded", keep_attention=True)
+        difference = (st.target_logprobs(model, tree, backend) - truth).abs()
+    return {"mean_error": float(difference.mean()), "max_error": float(difference.max())}
 
 
 def step_of(model: PeftModel, rows: Rows, way: str, budget: int) -> tuple[Step, int, Any]:
@@ -431,9 +466,10 @@ def line_of(row: dict[str, Any]) -> str:
         return f"{head} refused: {row['refused']} |"
     low, high = min(row["seconds"]), max(row["seconds"])
     ratio = f"{row['to_best_peer']:.2f}x" if "to_best_peer" in row else ""
+    error = f"{row['mean_error']:.1e}, {row['max_error']:.1e}" if "mean_error" in row else ""
     return (
-        f"{head} {row['median']:.4f} | {low:.4f}-{high:.4f} | {ratio} | {row['share']:.0%} |"
-        f" {row.get('peak_mib', 0):,.0f} |"
+        f"{head} {row['median']:.4f} | {low:.4f}-{high:.4f} | {row['tokens_per_second']:,.0f} |"
+        f" {ratio} | {row['share']:.0%} | {row.get('peak_mib', 0):,.0f} | {error} |"
     )
 
 
