@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[0] == "resolve" and "/".join(rest[2:]) in files:
             name, content = "/".join(rest[2:]), files["/".join(rest[2:])]
             headers = {"ETag": f'"{_etag(name, content)}"', "X-Repo-Commit": commit}
-            self._send(200, self._spoiled(path, content), headers)
+            self._send_part(self._spoiled(path, content), headers)
         else:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
 
@@ -100,6 +100,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send_part(self, content: bytes, headers: dict[str, str]) -> None:
+        """A file, or what is left of it, where the request names a place to go on from."""
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if not start:
+            self._send(200, content, headers)
+            return
+        self.asked.append(f"from {start}")
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._send(206, content[start:], headers)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -159,7 +169,7 @@ def serve(
     """Datasets and models by name, each as its files.
 
     Args:
-        asked: is told every path that is asked for.
+        asked: is told every path that is asked for, and `from N` where not from the beginning.
 
     Yields:
         What `HF_ENDPOINT` is to be.

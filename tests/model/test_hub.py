@@ -89,6 +89,16 @@ def test_a_body_that_is_cut(tmp_path: Path) -> None:
     assert said.endswith(FETCHED)
 
 
+def test_a_download_goes_on_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client keeps what it has in pieces of 10 MB."""
+    monkeypatch.setitem(FILES, "model.safetensors", bytes(range(256)) * 98_304)
+    said, asked = fetch(tmp_path, {"model.safetensors": ["short"]})
+    assert said.endswith(FETCHED)
+    assert f"from {10 * 2**20}" in asked
+
+
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
