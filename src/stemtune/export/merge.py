@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 INDEX = "model.safetensors.index.json"
 NOT_OF_THE_BASE = ("adapter_config.json", "adapter_model.safetensors", CARD, PROMPT_FILE)
-PROBE_TOKENS = 48
+# Text as people write it: tokens that never stand beside one another make any rounding look large.
+PROBE = "Who goes there? Answer me: stand, and unfold yourself. It was May 2024; 学而时习之,不亦说乎?"
 FP32_TOLERANCE = 1e-3  # of the largest logit: two ways to the same product differ by some of it
 
 
@@ -255,8 +256,8 @@ def _compare(adapter: SavedAdapter, merged: Path) -> Comparison | None:
     updates: dict[str, Any] = {"device": "cpu", "dtype": "float32", "offload_layers": None}
     if not adapter.rounds_base:
         updates["quantization"] = None
-    base, _ = load_model(adapter.model.model_copy(update=updates))
-    ids = torch.arange(PROBE_TOKENS)[None] % base.config.get_text_config().vocab_size
+    base, tokenizer = load_model(adapter.model.model_copy(update=updates))
+    ids = torch.tensor([tokenizer(PROBE)["input_ids"]]) % base.config.get_text_config().vocab_size
     with torch.no_grad():
         before = base.eval()(ids).logits
         adapted: PeftModel = load_onto(base, adapter.folder)
