@@ -31,7 +31,7 @@ PREFIX = "base_model.model."
 INDEX = "model.safetensors.index.json"
 NOT_OF_THE_BASE = ("adapter_config.json", "adapter_model.safetensors", CARD, PROMPT_FILE)
 # Text as people write it: tokens that never stand beside one another make any rounding look large.
-PROBE = "Who goes there? Answer me: stand, and unfold yourself. It was May 2024; 学而时习之,不亦说乎?"
+PROBE = "Who goes there? Answer me: stand, and unfold yourself. It was May 2024. 学而时习之"
 FP32_TOLERANCE = 1e-3  # of the largest logit: two ways to the same product differ by some of it
 
 
