@@ -109,7 +109,7 @@ def config_of(setting: str, folder: str, device: str, base: str) -> Config:
     return Config.model_validate(values)
 
 
-def measure(setting: str, device: str, base: str) -> dict[str, float]:
+def measure(setting: str, device: str, base: str) -> dict[str, Any]:
     """MB, predicted and measured, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(setting, str(Path(folder) / "run"), device, base)
@@ -155,7 +155,7 @@ def cuda_context() -> float:
     return sum(map(int, output.stdout.split())) / 1e6
 
 
-def in_own_process(setting: str, device: str, base: str) -> dict[str, float]:
+def in_own_process(setting: str, device: str, base: str) -> dict[str, Any]:
     """The same in a fresh interpreter."""
     command = [sys.executable, str(Path(__file__)), "--setting", setting]
     command += ["--device", device, "--base", base]
@@ -166,33 +166,37 @@ def in_own_process(setting: str, device: str, base: str) -> dict[str, float]:
 def report(settings: list[str], options: argparse.Namespace, base: str) -> None:
     """A table, setting by setting; of several rounds the median. On a GPU, whose allocators don't
     see one another, some at a time."""
-    rounds, path, device = options.rounds, options.json, options.device
-    with ThreadPoolExecutor(1 if device == "cpu" else AT_ONCE) as pool:
-        runs = {
-            setting: [pool.submit(in_own_process, setting, device, base) for _ in range(rounds)]
-            for setting in settings
-        }
     print("| setting | tokens | predicted MB | measured MB | range | difference | loading MB |")
     print("|---|---|---|---|---|---|---|", flush=True)
     figures: dict[str, Any] = {}
-    for setting in settings:
-        print(f"{setting} …", file=sys.stderr, flush=True)
-        try:
-            found = [run.result() for run in runs[setting]]
-        except subprocess.CalledProcessError as error:
-            print(f"| {setting} | exit code {error.returncode} |", flush=True)
-            continue
-        figures[setting] = found
-        measured = [one["measured"] for one in found]
-        median, predicted = statistics.median(measured), found[0]["total"]
-        print(
-            f"| {setting} | {found[0]['tokens']:,} | {predicted:,.0f} | {median:,.0f}"
-            f" | {min(measured):,.0f}-{max(measured):,.0f} | {predicted / median - 1:+.1%}"
-            f" | {found[0]['loading']:,.0f} |",
-            flush=True,
-        )
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    with ThreadPoolExecutor(1 if options.device == "cpu" else AT_ONCE) as pool:
+        runs = {
+            setting: [
+                pool.submit(in_own_process, setting, options.device, base)
+                for _ in range(options.rounds)
+            ]
+            for setting in settings
+        }
+        for setting, mine in runs.items():
+            try:
+                figures[setting] = [run.result() for run in mine]
+            except subprocess.CalledProcessError as error:
+                print(f"| {setting} | exit code {error.returncode} |", flush=True)
+                continue
+            print(line_of(setting, figures[setting]), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def line_of(setting: str, found: list[dict[str, Any]]) -> str:
+    """Of the table."""
+    measured = [one["measured"] for one in found]
+    median, predicted = statistics.median(measured), found[0]["total"]
+    return (
+        f"| {setting} | {found[0]['tokens']:,} | {predicted:,.0f} | {median:,.0f}"
+        f" | {min(measured):,.0f}-{max(measured):,.0f} | {predicted / median - 1:+.1%}"
+        f" | {found[0]['loading']:,.0f} |"
+    )
 
 
 def main() -> None:
