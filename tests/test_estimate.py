@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stemtune.config import Adapter, Config, Model, Train
 from stemtune.estimate import Estimate, Estimator, NoEstimateError, state_bytes
+from stemtune.model import blueprint
 from stemtune.model.adapter import add_adapter, trainable
 from stemtune.model.blueprint import packed_bytes
 from stemtune.model.offload import offload
@@ -37,7 +38,7 @@ def config_of(base: Path, **sections: dict[str, Any]) -> Config:
 
 def describe(folder: Path, family: str = "llama", **shape: Any) -> Path:
     """A base of which nothing is there but its config."""
-    tiny_model(family, **WIDE, **shape).config.save_pretrained(folder)
+    tiny_model(family, **{**WIDE, **shape}).config.save_pretrained(folder)
     return folder
 
 
@@ -51,8 +52,8 @@ def branched(length: int = 300) -> Tree:
     return build_tree([Sequence(ids, np.arange(ids.size) >= 200) for ids in sequences])
 
 
-def real_model(config: Config, family: str = "llama") -> PeftModel:
-    base = tiny_model(family, **WIDE)
+def real_model(config: Config, family: str = "llama", **shape: Any) -> PeftModel:
+    base = tiny_model(family, **{**WIDE, **shape})
     for parameter in base.parameters():  # buffers are loaded in fp32, whatever the weights are
         parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     model = add_adapter(base, config.adapter, 0)
@@ -110,6 +111,11 @@ def estimated(config: Config, tree: Tree) -> Estimate:
         ("gemma2", {}),  # heads that are more than a matrix
         ("cohere", {}),
         ("phi", {}),
+        ("mixtral", {}),
+        ("mixtral", {"model": {"dtype": "bfloat16"}}),
+        ("qwen3_moe", {}),
+        ("granitemoe", {}),
+        ("gpt_oss", {"model": {"attention": "padded"}}),
     ],
 )
 def test_a_step_takes_what_was_said(tmp_path: Path, family: str, sections: dict[str, Any]) -> None:
@@ -119,6 +125,32 @@ def test_a_step_takes_what_was_said(tmp_path: Path, family: str, sections: dict[
     found = estimated(config, tree)
     said = found.activations + found.temporaries
     assert said == pytest.approx(real_peak(model, tree, backend), rel=0.05)
+
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("deepseek_v3", {"first_k_dense_replace": 2}),
+        ("deepseek_v3", {"first_k_dense_replace": 4}),
+        ("qwen3_next", {"layer_types": [LINEAR, LINEAR, LINEAR, FULL, LINEAR]}),
+        ("qwen3_next", {"layer_types": [LINEAR, FULL] * 3, "num_hidden_layers": 6}),
+    ],
+)
+@pytest.mark.parametrize("layers", [None, 3])
+def test_blocks_of_several_kinds(
+    tmp_path: Path, family: str, shape: dict[str, Any], layers: int | None
+) -> None:
+    """Mixtures with dense blocks below, and attention that is not the same everywhere."""
+    attention = {"deepseek_v3": "segments", "qwen3_next": "padded"}[family]
+    base = describe(tmp_path, family, **shape)
+    config = config_of(base, model={"attention": attention}, adapter={"layers": layers})
+    model, tree = real_model(config, family, **shape), branched()
+    found = estimated(config, tree)
+    said = found.activations + found.temporaries
+    assert said == pytest.approx(real_peak(model, tree, attention), rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,10 +243,26 @@ def test_the_state_of_an_optimizer_in_8_bits() -> None:
     assert state_bytes(counts, "paged_adamw", torch.device("cuda")) == 0
 
 
-def test_what_depends_on_numbers_has_no_estimate(tmp_path: Path) -> None:
-    tiny_model("gpt_oss").config.save_pretrained(tmp_path)
-    config = config_of(tmp_path)
-    with pytest.raises(NoEstimateError):
+def test_what_depends_on_numbers_has_no_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward pass that asks a tensor for its number, as code of a base's own may."""
+
+    def asks(module: nn.Module, inputs: Any) -> None:
+        int(inputs[0].sum() > 0)
+
+    made = blueprint.blueprint
+
+    def with_one_that_asks(*arguments: Any) -> PeftModel:
+        model = made(*arguments)
+        next(
+            m for m in model.modules() if type(m).__name__ == "LlamaMLP"
+        ).register_forward_pre_hook(asks)
+        return model
+
+    monkeypatch.setattr("stemtune.estimate.blueprint", with_one_that_asks)
+    config = config_of(describe(tmp_path, max_position_embeddings=4097))  # simulated by no other
+    with pytest.raises(NoEstimateError, match="local_scalar"):
         estimated(config, branched())
 
 

@@ -14,7 +14,7 @@ from stemtune import fit
 from stemtune.config import Config
 from stemtune.data.prepare import prepare
 from stemtune.data.survey import survey
-from stemtune.estimate import SIMULATIONS, with_dtype
+from stemtune.estimate import SIMULATIONS, NoEstimateError, Simulation, with_dtype
 from stemtune.fit import Fit, Workload
 from stemtune.report.memory import memory_of
 from tests.cli.command import Outcome, refused, stemtune_here
@@ -207,12 +207,14 @@ def test_a_run_that_does_not_seem_to_fit(
     assert "does not seem to fit" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
 
-def without_estimate(folder: Path) -> Path:
-    """A run file of a base whose experts are chosen by numbers."""
-    from tests.models import save_tiny_model
+@pytest.fixture
+def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a base computes depends on numbers."""
 
-    save_tiny_model(folder / "base", "gpt_oss")
-    return write_run_file(folder, folder / "base")
+    def depends(*_: object) -> None:
+        raise NoEstimateError("it depends on numbers")
+
+    monkeypatch.setattr(Simulation, "activations", depends)
 
 
 def test_a_base_that_trains_padded(tmp_path: Path) -> None:
@@ -231,8 +233,8 @@ def test_a_base_that_trains_padded(tmp_path: Path) -> None:
     assert found[0]["estimate"] == found[1]["estimate"] and found[0]["padded"]
 
 
-def test_a_base_without_an_estimate(tmp_path: Path) -> None:
-    path = without_estimate(tmp_path)
+def test_a_base_without_an_estimate(tmp_path: Path, tiny_base: Path, no_estimate: None) -> None:
+    path = write_run_file(tmp_path, tiny_base)
     shown = stemtune_here("check", path, cwd=tmp_path)
     assert shown.code == 0 and "no estimate for this base" in shown.out
     found = json.loads(stemtune_here("check", path, "--json", cwd=tmp_path).out)["memory"]

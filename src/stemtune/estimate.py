@@ -11,7 +11,7 @@ from stemtune.config import Config, Model
 from stemtune.kernels.segments import forget_masks
 from stemtune.model.adapter import trainable
 from stemtune.model.blueprint import (
-    adapted_blocks,
+    blocks_of,
     blueprint,
     frozen,
     offloadable_by_block,
@@ -197,14 +197,9 @@ class Simulation:
         self.all_dense, self._frozen = size_of(linear), size_of(frozen(self.model))
         self.dense = max((size_of([weight]) for weight in linear), default=0)
         self._of_blocks = offloadable_by_block(self.model)
-        self.trained_blocks, self.other_blocks = adapted_blocks(self.model)
+        self.blocks = len(blocks_of(self.model))
         self._mode = without_numbers(self.model)
         self._found: dict[str, Activations] = {}
-
-    @property
-    def blocks(self) -> int:
-        """Of the decoder."""
-        return self.trained_blocks + self.other_blocks
 
     def base(self, config: Model) -> int:
         """Bytes of all that is frozen."""
@@ -232,14 +227,13 @@ class Simulation:
         """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
         its second one keeps."""
         model, seen, marks = self.model, list[int](), list[int]()
-        few = min(self.other_blocks, 2), min(self.trained_blocks, 2)
-        with self._mode, shortened(model, *few) as blocks:
+        with self._mode, shortened(model) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
 
             def mark(*_: Any) -> None:
                 seen.append(counted.now)
 
-            hooks = [block.register_forward_hook(mark) for block in blocks]
+            hooks = [block.register_forward_hook(mark) for block, _ in blocks]
             try:
                 with counted:
                     with autocast(model):  # a new tree: this one is to keep no fake tensors
@@ -254,10 +248,9 @@ class Simulation:
                 for hook in hooks:
                     hook.remove()
         passing = counted.peak - kept
-        if few[0] == 2:
-            kept += (self.other_blocks - 2) * (marks[1] - marks[0])
-        if few[1] == 2:
-            kept += (self.trained_blocks - 2) * (marks[sum(few) - 1] - marks[sum(few) - 2])
+        for number, (_, stands_for) in enumerate(blocks):
+            if stands_for > 1:
+                kept += (stands_for - 1) * (marks[number] - marks[number - 1])
         return Activations(kept, passing)
 
 

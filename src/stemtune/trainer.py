@@ -34,7 +34,8 @@ from stemtune.metrics import (
     read_metrics,
     require_trackers,
 )
-from stemtune.model.adapter import add_adapter, require_adapter, trainable
+from stemtune.model.adapter import adapter_folder, add_adapter, require_adapter, trainable
+from stemtune.model.identity import identity, require_same_base
 from stemtune.model.load import (
     base_source,
     choose_device,
@@ -250,6 +251,9 @@ class Trainer:
         memory = MemoryPlan(config, self.data.train, self.plan, self.ranks)
         self.memory = memory.facts
         budget = memory.micro_batch_tokens(saved)
+        if config.adapter.init_from is not None:
+            require_same_base(adapter_folder(Path(config.adapter.init_from)), config.model)
+        self.identity = identity(config.model)
         base, _ = load_model(memory.config.model)
         require_rows(base, self.tokenizer, self.data.train.store.largest_id)
         self.base_fingerprint = fingerprint(base)
@@ -628,7 +632,7 @@ class Trainer:
         step = self.progress.step if self._held_step is None else self._held_step
         known = Known(self.resolved, self.folder.info, lines, step)
         files = adapter_files(known, self.model, self.tokenizer, self.data.memories)
-        save_adapter(self.model, self.tokenizer, Path(folder), self.resolved, files)
+        save_adapter(self.model, self.tokenizer, Path(folder), self.resolved, self.identity, files)
 
     def push_to_hub(
         self,

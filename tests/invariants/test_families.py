@@ -48,6 +48,7 @@ PROVED = {
     "minicpm3": ("MiniCPM3", "multi-head latent attention"),
     "olmo2": ("OLMo 2", ""),
     "granite": ("Granite 3", "scaled logits"),
+    "granitemoe": ("Granite 3 MoE", "experts are not adapted"),
     "smollm3": ("SmolLM3", "blocks without RoPE"),
     "starcoder2": ("StarCoder2", "sliding windows"),
     "gpt2": ("GPT-2", "layers of the kind Conv1D"),

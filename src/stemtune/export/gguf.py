@@ -28,11 +28,12 @@ from transformers import AutoTokenizer
 
 from stemtune.data.renderer import Renderer
 from stemtune.errors import ConfigError, DiskError, ModelError
-from stemtune.export import weights
 from stemtune.export.gguf_family import Family, family_of
 from stemtune.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from stemtune.export.merge import SavedAdapter, Update, merge, read_adapter
+from stemtune.model import weights
 from stemtune.model.adapter import adapter_folder
+from stemtune.model.identity import require_same_base
 from stemtune.model.load import base_source
 from stemtune.model.names import PROMPT_FILE, shared_name
 
@@ -91,6 +92,7 @@ def read_run(folder: Path) -> Run:
     """
     adapter = read_adapter(adapter_folder(folder))
     source = base_source(adapter.model)
+    require_same_base(adapter.folder, adapter.model)
     family = family_of(source)
     files = weights.shard_names(source, adapter.model.allow_pickled)
     shapes = {n: s for file in files for n, s in weights.shapes(source / file).items()}

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
-from stemtune.export import weights
 from stemtune.export.card import merged_card
+from stemtune.model import weights
 from stemtune.model.adapter import adapter_folder, load_onto
+from stemtune.model.identity import require_same_base
 from stemtune.model.load import base_source, load_model
 from stemtune.model.memory import free_memory
 from stemtune.model.names import CARD, PROMPT_FILE
@@ -123,6 +124,7 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> Comparison | Non
     if comes_quantized(source):
         hint = "merge into the base as it was before: set model.base in stemtune.json to it"
         raise ModelError("the base comes quantized", where=str(source), hint=hint)
+    require_same_base(adapter.folder, adapter.model)
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         _write(adapter, source, temporary, dtype)

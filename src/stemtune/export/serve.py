@@ -18,6 +18,7 @@ from stemtune.config import Model
 from stemtune.errors import ConfigError, ModelError
 from stemtune.model.adapter import adapter_folder
 from stemtune.model.gguf import SUFFIX
+from stemtune.model.identity import require_same_base
 from stemtune.model.load import base_source, is_gguf, is_on_hub, require_base
 from stemtune.model.save import read_settings
 from stemtune.model.serving import VLLM_RANKS, refused_parts, vllm_rank
@@ -154,7 +155,7 @@ def _vllm(run: Run, address: Address) -> tuple[list[str], list[str]]:
     if not reasons:
         lora = ["--enable-lora", "--lora-modules", _lora_module(name, run.adapter)]
         lora += ["--max-lora-rank", str(vllm_rank(run.lora["r"]))]
-        words = ["serve", *_base_for_vllm(run.model), *lora, *_prompts_for_vllm(run), *listening]
+        words = ["serve", *_base_for_vllm(run), *lora, *_prompts_for_vllm(run), *listening]
         return words, [named, *_rounding_notes(run.model)]
     what = f"vLLM does not load this adapter: {' and '.join(reasons)}"
     if run.merged is None:
@@ -183,9 +184,12 @@ def _refused_by_vllm(run: Run) -> list[str]:
     return reasons
 
 
-def _base_for_vllm(model: Model) -> list[str]:
+def _base_for_vllm(run: Run) -> list[str]:
     """The base, and how it is held."""
+    model = run.model
     require_base(model)
+    if not is_on_hub(model):  # there its commit says what it is, and the engine fetches it itself
+        require_same_base(run.adapter, model)
     words = [model.base if is_on_hub(model) else str(base_source(model))]
     if is_on_hub(model) and model.revision is not None:
         words += ["--revision", model.revision]

@@ -108,8 +108,7 @@ def quantizable(model: PeftModel) -> list[torch.Tensor]:
 
 def offloadable_by_block(model: PeftModel) -> list[int]:
     """Bytes of each block's weights that `model.offload_layers` can keep in main memory."""
-    base = base_model(model)
-    blocks = base.get_decoder().layers if has_blocks(base) else []
+    blocks = blocks_of(model)
     return [size_of(layer.weight for _, _, layer in offloadable(block)) for block in blocks]
 
 
@@ -129,35 +128,42 @@ def packed_bytes(shape: torch.Size, config: Model) -> int:
     return count // 2 + scales + 4 * -(-scales // BLOCK_SCALES)
 
 
-def adapted_blocks(model: PeftModel) -> tuple[int, int]:
-    """How many of the decoder's blocks hold something that is trained, and how many do not; (0, 0)
-    where it has no list of blocks."""
+def blocks_of(model: PeftModel) -> list[nn.Module]:
+    """The decoder's blocks; none where it has no list of them."""
     base = base_model(model)
-    if not has_blocks(base):
-        return 0, 0
-    trained = sum(map(_is_trained, base.get_decoder().layers))
-    return trained, len(base.get_decoder().layers) - trained
-
-
-def _is_trained(block: nn.Module) -> bool:
-    return any(p.requires_grad for p in block.parameters())
+    return list(base.get_decoder().layers) if has_blocks(base) else []
 
 
 @contextmanager
-def shortened(model: PeftModel, others: int, trained: int) -> Generator[list[nn.Module]]:
-    """Within it the decoder has so many of its blocks that are not trained, and of those that are
-    on top of them."""
-    if not any(adapted_blocks(model)):
+def shortened(model: PeftModel) -> Generator[list[tuple[nn.Module, int]]]:
+    """Within it the decoder has two of its blocks of each kind, if there are two. Each comes with
+    how many it stands for: the first for itself, the second for all others of its kind."""
+    blocks = blocks_of(model)
+    if not blocks:
         yield []
         return
-    decoder = base_model(model).get_decoder()
-    blocks: nn.ModuleList = decoder.layers
-    kinds: dict[bool, list[nn.Module]] = {False: [], True: []}
-    for block in blocks:
-        kinds[_is_trained(block)].append(block)
-    chosen = [*kinds[False][:others], *kinds[True][:trained]]
-    decoder.layers = nn.ModuleList(chosen)
+    decoder: Any = base_model(model).get_decoder()
+    types = getattr(decoder.config, "layer_types", None)  # models look there for each block's mask
+    numbers: dict[str, list[int]] = {}
+    for number, block in enumerate(blocks):
+        numbers.setdefault(f"{types and types[number]} {_kind(block)}", []).append(number)
+    stands_for: dict[int, int] = {}
+    for first, *others in numbers.values():
+        stands_for |= {first: 1, **{number: len(others) for number in others[:1]}}
+    chosen, kept = sorted(stands_for), decoder.layers
+    decoder.layers = nn.ModuleList(blocks[number] for number in chosen)
+    if types:
+        decoder.config.layer_types = [types[number] for number in chosen]
     try:
-        yield chosen
+        yield [(blocks[number], stands_for[number]) for number in chosen]
     finally:
-        decoder.layers = blocks
+        decoder.layers = kept
+        if types:
+            decoder.config.layer_types = types
+
+
+def _kind(block: nn.Module) -> str:
+    """Equal for blocks that are built alike: mixtures have dense ones below, hybrids several kinds
+    of attention, and not all need be trained."""
+    modules = [type(module).__name__ for module in block.modules()]
+    return f"{modules} {[(n, p.shape, p.requires_grad) for n, p in block.named_parameters()]}"

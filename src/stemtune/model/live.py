@@ -47,6 +47,9 @@ class LiveBytes(TorchDispatchMode):
         elif func is aten._unique2.default:  # likewise: nothing twice
             values = args[0].new_empty(args[0].numel())
             result = values, args[0].new_empty(args[0].shape, dtype=torch.long), values.new_empty(0)
+        elif func is aten._grouped_mm.default and (args[0].ndim, args[1].ndim) == (2, 3):
+            # Rows by their experts' matrices: torch knows the shape, but in bfloat16 alone.
+            result = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

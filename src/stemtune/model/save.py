@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from stemtune.config import Config, Model
 from stemtune.errors import ModelError
 from stemtune.model.adapter import load_onto, weights_file
+from stemtune.model.identity import require_same_base
 from stemtune.model.load import choose_device, load_model
 from stemtune.model.names import CARD, HUB_NAMES, PROMPT_FILE
 from stemtune.model.pissa import is_pissa, on_the_base_as_it_was
@@ -27,17 +28,19 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     config: Config,
+    base: Mapping[str, str],
     files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write the folder whole, or leave the one that is there.
 
     Args:
+        base: see `stemtune.model.identity.identity`: as it was when it was loaded.
         files: what else to put into it, by name: the model card, for one.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     _delete(temporary)
     try:
-        _write(model, tokenizer, temporary, config, files or {})
+        _write(model, tokenizer, temporary, config, base, files or {})
     except BaseException:
         _delete(temporary)  # a full disk needs the space
         raise
@@ -50,6 +53,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     temporary: Path,
     config: Config,
+    base: Mapping[str, str],
     files: Mapping[str, str | bytes],
 ) -> None:
     _save_weights(model, temporary, config)
@@ -61,6 +65,7 @@ def _write(
     write_text(tokenizer_config, json.dumps(values, indent=2, ensure_ascii=False))
     prompt = {
         "model": config.model.model_dump(),
+        "base": dict(base),
         "adapter": {"init_weights": config.adapter.init_weights},
         "system": config.data.system,
         "template": config.data.template,
@@ -136,10 +141,11 @@ def load_adapter(
     """The base with a saved adapter, the tokenizer, and the settings of its prompts.
 
     Raises:
-        ModelError: not an adapter of stemtune's.
+        ModelError: not an adapter of stemtune's, or its base is another one now.
     """
     config, prompt = read_settings(folder)
     weights_file(folder, config.allow_pickled)
+    require_same_base(folder, config)
     changes: dict[str, Any] = {"device": device}
     if choose_device(device).type != "cuda":  # it may have been trained on one
         changes["offload_layers"] = None

@@ -1,0 +1,144 @@
+"""An adapter belongs on the base that it was trained on, and on no other of the same shape."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import stemtune as st
+from stemtune.errors import ModelError
+from stemtune.export.gguf import read_run as read_for_gguf
+from stemtune.export.merge import merge
+from stemtune.export.serve import Address, serve_command
+from stemtune.export.serve import read_run as read_for_server
+from stemtune.model.identity import identity
+from stemtune.model.save import load_adapter
+from tests.models import save_tiny_model
+from tests.runs import IGNORED, make_config
+
+pytestmark = IGNORED
+WAYS = {
+    "chat": lambda run, to: load_adapter(run / "adapter", "cpu"),
+    "merge": merge,
+    "export": lambda run, to: read_for_gguf(run),
+    "serve": lambda run, to: serve_command(
+        read_for_server(run), "vllm", {"vllm": "vllm"}, Address("127.0.0.1", 8000)
+    ),
+}
+
+
+def change(base: Path, named: str, how: float = 1.01) -> None:
+    """All values of the first weight with such a name."""
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if named in name)
+    weights[name] = weights[name] * how
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_tiny_model(folder / "base")
+    st.train(make_config(folder, folder / "base", "train.max_steps=1"))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_base_of_the_same_shape_is_refused(
+    trained: Path, tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, weights = trained / "run", trained / "base" / "model.safetensors"
+    WAYS[way](run, tmp_path / "first")  # the right one is taken
+    kept = weights.read_bytes()
+    change(trained / "base", "norm")
+    try:
+        with pytest.raises(ModelError, match="not those that this adapter was trained on") as found:
+            WAYS[way](run, tmp_path / "second")
+    finally:
+        weights.write_bytes(kept)
+    assert str(trained / "base") in str(found.value) and "stemtune.json" in str(found.value)
+    assert not (tmp_path / "second").exists()
+    assert "weights are others" not in caplog.text
+
+
+@pytest.mark.parametrize("named", ["embed_tokens", "q_proj", "down_proj", "norm"])
+def test_each_weight_counts(tmp_path: Path, named: str) -> None:
+    save_tiny_model(tmp_path)
+    model = st.Config.model_validate(
+        {"data": {"path": "rows"}, "model": {"base": str(tmp_path)}}
+    ).model
+    before = identity(model)
+    for other in ("dtype", "quantization"):  # how it is held does not
+        held = {"dtype": "bfloat16", "quantization": "nf4"}[other]
+        assert identity(model.model_copy(update={other: held})) == before
+    change(tmp_path, named)
+    assert identity(model)["rows"] != before["rows"]
+
+
+def test_how_the_weights_are_split_does_not_count(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "one")
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    names = sorted(whole)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    save_tiny_model(tmp_path / "two")
+    (tmp_path / "two" / "model.safetensors").unlink()
+    for file, some in parts.items():
+        part = {name: whole[name] for name in some}
+        save_file(part, tmp_path / "two" / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, some in parts.items() for name in some}}
+    text = json.dumps(index)
+    (tmp_path / "two" / "model.safetensors.index.json").write_text(text, encoding="ascii")
+    found = [
+        identity(st.Config.model_validate({"data": {"path": "r"}, "model": {"base": str(b)}}).model)
+        for b in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert found[0]["rows"] == found[1]["rows"] != ""
+
+
+def test_a_base_that_somebody_named_is_taken_and_said(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model(tmp_path / "other")
+    change(tmp_path / "other", "norm")
+    path = trained / "run" / "adapter" / "stemtune.json"
+    kept = path.read_text(encoding="utf-8")
+    prompt = json.loads(kept)
+    prompt["model"]["base"] = str(tmp_path / "other")
+    path.write_text(json.dumps(prompt), encoding="utf-8")
+    try:
+        with caplog.at_level(logging.WARNING, "stemtune"):
+            load_adapter(path.parent, "cpu")
+    finally:
+        path.write_text(kept, encoding="utf-8")
+    assert "trained on base, whose weights are others" in caplog.text
+
+
+def test_an_adapter_that_does_not_say(trained: Path) -> None:
+    """One of an earlier version."""
+    path = trained / "run" / "adapter" / "stemtune.json"
+    kept, weights = path.read_text(encoding="utf-8"), trained / "base" / "model.safetensors"
+    before = weights.read_bytes()
+    prompt = json.loads(kept)
+    del prompt["base"]
+    path.write_text(json.dumps(prompt), encoding="utf-8")
+    change(trained / "base", "norm")
+    try:
+        load_adapter(path.parent, "cpu")
+    finally:
+        path.write_text(kept, encoding="utf-8")
+        weights.write_bytes(before)
+
+
+def test_going_on_with_an_adapter_of_another_base(trained: Path, tmp_path: Path) -> None:
+    weights = trained / "base" / "model.safetensors"
+    kept = weights.read_bytes()
+    start = f"adapter.init_from={trained / 'run'}"
+    change(trained / "base", "q_proj")
+    try:
+        with pytest.raises(ModelError, match="not those that this adapter was trained on"):
+            st.Trainer(make_config(tmp_path, trained / "base", start))
+    finally:
+        weights.write_bytes(kept)
