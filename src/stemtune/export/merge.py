@@ -124,7 +124,6 @@ def merge(run: Path, target: Path, dtype: str | None = None) -> Comparison | Non
     if comes_quantized(source):
         hint = "merge into the base as it was before: set model.base in stemtune.json to it"
         raise ModelError("the base comes quantized", where=str(source), hint=hint)
-    require_same_base(adapter.folder, adapter.model)
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         _write(adapter, source, temporary, dtype)
@@ -171,6 +170,7 @@ def _write(adapter: SavedAdapter, source: Path, target: Path, dtype: str | None)
     names = weights.shard_names(source, adapter.model.allow_pickled)
     found = {name: weights.shapes(source / name) for name in names}
     _require_fit(adapter, {n: s for part in found.values() for n, s in part.items()}, source)
+    require_same_base(adapter.folder, adapter.model)
     target.mkdir(parents=True)
     _copy_rest(adapter, source, target, dtype)
     extra = {
