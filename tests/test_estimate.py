@@ -1,6 +1,8 @@
 """The estimate against what a real model takes: its weights, its optimizer's state, and every
 allocation of a step, as torch's profiler sees them."""
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,27 +245,48 @@ def test_the_state_of_an_optimizer_in_8_bits() -> None:
     assert state_bytes(counts, "paged_adamw", torch.device("cuda")) == 0
 
 
-def test_what_depends_on_numbers_has_no_estimate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A forward pass that asks a tensor for its number, as code of a base's own may."""
-
-    def asks(module: nn.Module, inputs: Any) -> None:
-        int(inputs[0].sum() > 0)
-
+@pytest.fixture
+def before_each_mlp(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[torch.Tensor], Any]]:
+    """What to call with the inputs of the simulated blocks' MLPs."""
+    calls: list[Callable[[torch.Tensor], Any]] = []
     made = blueprint.blueprint
 
-    def with_one_that_asks(*arguments: Any) -> PeftModel:
+    def called(_: nn.Module, inputs: Any) -> None:
+        for call in calls:
+            call(inputs[0])
+
+    def hooked(*arguments: Any) -> PeftModel:
         model = made(*arguments)
-        next(
-            m for m in model.modules() if type(m).__name__ == "LlamaMLP"
-        ).register_forward_pre_hook(asks)
+        for module in model.modules():
+            if type(module).__name__ == "LlamaMLP":
+                module.register_forward_pre_hook(called)
         return model
 
-    monkeypatch.setattr("stemtune.estimate.blueprint", with_one_that_asks)
-    config = config_of(describe(tmp_path, max_position_embeddings=4097))  # simulated by no other
+    monkeypatch.setattr("stemtune.estimate.blueprint", hooked)
+    monkeypatch.setattr("stemtune.estimate.SIMULATIONS", {})
+    return calls
+
+
+def test_what_depends_on_numbers_has_no_estimate(
+    tmp_path: Path, before_each_mlp: list[Callable[[torch.Tensor], Any]]
+) -> None:
+    """A forward pass that asks a tensor for its number, as code of a base's own may."""
+    before_each_mlp.append(lambda x: int(x.sum() > 0))
     with pytest.raises(NoEstimateError, match="local_scalar"):
-        estimated(config, branched())
+        estimated(config_of(describe(tmp_path)), branched())
+
+
+def test_ctrl_c_waits_for_the_end(
+    tmp_path: Path, before_each_mlp: list[Callable[[torch.Tensor], Any]]
+) -> None:
+    """Raised within an operation on fake tensors it aborted the process, one time in three."""
+    seen: list[int] = []
+    before_each_mlp.append(lambda x: seen.append(len(x)))
+    before_each_mlp.append(lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        estimated(config_of(describe(tmp_path)), branched())
+    assert len(seen) == 4  # two blocks: to learn what the head does, and to score
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_nothing_is_drawn(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stemtune.config import Config, Model
+from stemtune.interrupt import held
 from stemtune.kernels.segments import forget_masks
 from stemtune.model.adapter import trainable
 from stemtune.model.blueprint import (
@@ -227,7 +228,7 @@ class Simulation:
         """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
         its second one keeps."""
         model, seen, marks = self.model, list[int](), list[int]()
-        with self._mode, shortened(model) as blocks:
+        with held(), self._mode, shortened(model) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
 
             def mark(*_: Any) -> None:

@@ -21,6 +21,24 @@ def _echo() -> float:
     return ECHO if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
 
 
+@contextmanager
+def held() -> Generator[None]:
+    """Within it Ctrl-C waits for the end. Torch calls Python out of C++ that must not fail, as it
+    does for tensors without numbers: an exception there aborts the process."""
+    before = signal.getsignal(signal.SIGINT)
+    if current_thread() is not main_thread() or before is None:
+        yield
+        return
+    came = list[int]()
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 class StopRequest:
     """Whether the run should end before its last step: Ctrl-C, SIGTERM from a scheduler, or no time
     left for another step.
