@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -130,12 +131,13 @@ class Child:
         return " | ".join(self.log.read_text(encoding="utf-8").splitlines()[-3:])
 
 
-_logs: Iterator[int] = iter(range(1_000_000))
+_logs = TemporaryDirectory(prefix="chaos-")
+_numbers: Iterator[int] = iter(range(1_000_000))
 
 
 def child(action: Callable[[], Any]) -> Child:
     """Run it in a forked process, with the exit codes of the command line."""
-    log = Path(os.environ.get("TMPDIR", "/tmp")) / f"chaos-{os.getpid()}-{next(_logs)}.log"
+    log = Path(_logs.name) / f"{os.getpid()}-{next(_numbers)}.log"
     process = os.fork()
     if process:
         return Child(process, log)
