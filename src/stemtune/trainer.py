@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,6 @@ from stemtune.errors import DivergedError, Interrupted
 from stemtune.export.card import Known
 from stemtune.export.hub import login, push
 from stemtune.figures import held_out_figures, losses_by_record
-from stemtune.guards import SpikeWatch, all_finite, is_finite, unreached
 from stemtune.handover import adapter_files, data_facts, push_finished
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
@@ -54,8 +52,9 @@ from stemtune.model.quantized import require_bitsandbytes, require_trainable
 from stemtune.model.save import save_adapter
 from stemtune.model.serving import serving_notes
 from stemtune.objectives import Objective, Term, Totals, terms_of
-from stemtune.optimizer import learning_rate, load_optimizer, make_optimizer, optimizer_tensors
+from stemtune.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from stemtune.plan.steps import plan_steps
+from stemtune.progress import Progress
 from stemtune.ranks import join
 from stemtune.resume import (
     refuse_differences,
@@ -71,8 +70,9 @@ from stemtune.runfile import dump_config
 from stemtune.saver import Saver, require_space
 from stemtune.score import Scorer
 from stemtune.setup import MemoryPlan, checked_backend, resolved
-from stemtune.step import Outcome, Step, StepRunner
+from stemtune.step import Step, StepRunner
 from stemtune.tree.sequence import Sequence
+from stemtune.update import Updater
 
 log = logging.getLogger(__name__)
 WANTED = ("dtype", "attention", "revision")  # of the base: what was asked for, besides what it was
@@ -87,18 +87,6 @@ class Result:
     adapter_dir: Path
     metrics: Metrics
     """The last step's metrics, and the last evaluation's."""
-
-
-@dataclass
-class Progress:
-    """Where a run is: all that a resumed run must know besides weights and optimizer."""
-
-    step: int = 0
-    evaluated: int = -1  # the last step that was: a signal does not wait for an evaluation
-    best_step: int | None = None
-    best_loss: float | None = None
-    skipped: int = 0
-    metrics: Metrics | None = None
 
 
 def train(
@@ -177,8 +165,6 @@ class Trainer:
         self.folder = RunFolder(path, is_writer=self.ranks.is_first)
         self.stop = StopRequest(config.train.time_limit)
         self.saver = Saver(self.folder.checkpoints, config.train)
-        self.spikes = SpikeWatch()
-        self._reach_is_known = False
         self._held_step: int | None = None  # whose weights the model holds, if not the last one's
         surveyed = surveyed or survey(config.data, config.train.seed)
         require_base(config.model)
@@ -295,6 +281,14 @@ class Trainer:
             self.optimizer,
             activation_offload=config.train.activation_offload,
         )
+        self.updater = Updater(
+            self.runner,
+            self.parameters,
+            self.optimizer,
+            self.accelerator,
+            config.train,
+            len(self.plan),
+        )
         self.resolved = resolved(config, self.model, backend, self.scorer.budget)
         if saved is not None:
             self._restore(saved)
@@ -396,45 +390,13 @@ class Trainer:
 
     def _step(self, records: Seq[int]) -> Metrics:
         """One optimizer step over exactly these records."""
-        started = time.perf_counter()
-        step = self.runner.gather(records)
-        sequences = step.sequences
-        rate = learning_rate(self.progress.step, len(self.plan), self.config.train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
-        seed = self.config.train.seed * 1_000_003 + self.progress.step
-        outcome = self.runner.accumulate(step, seed)
-        if not self._reach_is_known:
-            self._warn_of_unreached()
-        norm = self._clip()
-        loss, distinct = outcome.loss, outcome.distinct
-        numbers = is_finite(loss, norm)
-        if not numbers:
-            self._stop_or_skip(outcome, norm)
-        if numbers or self.accelerator.scaler is not None:  # which skips such a step by itself
-            self.optimizer.step()
-        if not all_finite(self.parameters.values()):
-            self._diverged("a weight is no finite number", records)
-        self.optimizer.zero_grad()
-        self._watch(loss)
+        figures = self.updater.take(records, self.progress)
         self.progress.step += 1
-        seconds = time.perf_counter() - started
-        tokens = sum(len(sequence) for sequence in sequences)
+        step = self.progress.step
         return {
-            "step": self.progress.step,
-            "epoch": round(self.progress.step / self._steps_per_epoch, 4),
-            "loss": loss if numbers else None,
-            **(outcome.told if numbers else {}),
-            "lr": rate,
-            "grad_norm": norm if numbers else None,
-            "records": len(records),
-            "targets": sum(sequence.num_targets for sequence in sequences),
-            "tokens": tokens,
-            "distinct_tokens": distinct,
-            "seconds": seconds,
-            "samples_per_second": len(records) / seconds,
-            "tokens_per_second": tokens / seconds,
-            "distinct_tokens_per_second": distinct / seconds,
+            "step": step,
+            "epoch": round(step / self._steps_per_epoch, 4),
+            **figures,
             "memory": peak_memory(self.device),
         }
 
@@ -453,50 +415,6 @@ class Trainer:
         part = Step(list(sequences), totals, references, baseline)
         loss, logps, _ = self.runner.loss(part)
         return (loss, logps) if return_outputs else loss
-
-    def _clip(self) -> float | None:
-        """Scale the gradients down to the largest norm allowed; their norm before that."""
-        limit = self.config.train.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
-        return None if norm is None else float(norm)
-
-    def _stop_or_skip(self, outcome: Outcome, norm: float | None) -> None:
-        """A loss or gradient that is no number: as `train.on_nonfinite` says."""
-        if self.accelerator.scaler is not None and math.isfinite(outcome.loss):
-            return  # fp16: the scaler lowers its scale, and goes on with the next step
-        what = f"the loss is {outcome.loss}, the gradient's norm {norm}"
-        train = self.config.train
-        if train.on_nonfinite == "stop":
-            self._diverged(what, outcome.suspects)
-        self.progress.skipped += 1
-        if self.progress.skipped > train.max_skipped_steps:
-            self._diverged(
-                f"{what}, and {train.max_skipped_steps} steps were skipped", outcome.suspects
-            )
-        step = self.progress.step + 1
-        log.warning("step %d is skipped: %s (%s)", step, what, self._places(outcome.suspects))
-
-    def _diverged(self, what: str, records: Seq[int]) -> NoReturn:
-        hint = "lower train.learning_rate, look at these rows, or set train.on_nonfinite: skip"
-        what = f"step {self.progress.step + 1}: {what}"
-        raise DivergedError(what, where=self._places(records), hint=hint)
-
-    def _places(self, records: Seq[int]) -> str:
-        """Where the first few of some records stand."""
-        return ", ".join(str(self.data.train.place(record)) for record in records[:3])
-
-    def _warn_of_unreached(self) -> None:
-        self._reach_is_known = True
-        names = unreached(self.parameters)
-        if names:
-            what = "%d of %d trained weights get no gradient, the first is %s"
-            log.warning(what, len(names), len(self.parameters), names[0])
-
-    def _watch(self, loss: float) -> None:
-        distance = self.spikes.above(loss) if math.isfinite(loss) else None
-        if distance is not None:
-            step = self.progress.step + 1
-            log.warning("step %d: a loss of %.3f, %.3f above the last ones'", step, loss, distance)
 
     # -- evaluation ---------------------------------------------------------------------------
 

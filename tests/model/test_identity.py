@@ -98,6 +98,30 @@ def test_how_the_weights_are_split_does_not_count(tmp_path: Path) -> None:
     assert found[0]["rows"] == found[1]["rows"] != ""
 
 
+@pytest.mark.parametrize("way", ["chat", "merge", "export"])
+def test_a_damaged_base(trained: Path, tmp_path: Path, way: str) -> None:
+    weights = trained / "base" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-100])
+    try:
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
+            WAYS[way](trained / "run", tmp_path / "merged")
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_an_index_that_leads_out_of_its_folder(trained: Path, tmp_path: Path) -> None:
+    weights = trained / "base" / "model.safetensors"
+    index = trained / "base" / "model.safetensors.index.json"
+    name = next(iter(load_file(weights)))
+    index.write_text(json.dumps({"weight_map": {name: "../base/model.safetensors"}}))
+    try:
+        with pytest.raises(ModelError, match="lie elsewhere"):
+            merge(trained / "run", tmp_path / "merged")
+    finally:
+        index.unlink()
+
+
 def test_a_base_that_somebody_named_is_taken_and_said(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,14 +19,17 @@ log = logging.getLogger(__name__)
 def identity(model: Model) -> dict[str, str]:
     """What `stemtune.json` keeps of a base: its name, and the SHA-256 of a row of each weight in
     its files, which does not depend on dtype, device or quantization of the run; no hash where they
-    are pickles."""
+    are pickles.
+
+    Raises:
+        ModelError: the base can't be read.
+    """
     return {"name": shared_name(model.base), "rows": _rows(base_source(model))}
 
 
 def _rows(source: Path) -> str:
-    rows = [
-        row for name in weights.shard_names(source, True) for row in weights.rows(source / name)
-    ]
+    files = [source / name for name in weights.shard_names(source, allow_pickled=True)]
+    rows = [row for file in files for row in weights.rows(file)]
     digest = hashlib.sha256()
     for name, row in sorted(rows, key=lambda named: named[0]):
         digest.update(f"{name}{row.dtype}".encode())

@@ -1,11 +1,13 @@
 """A base's weights on disk, file by file, so that no more than one is in memory."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stemtune.errors import ModelError
@@ -15,22 +17,38 @@ def shard_names(folder: Path, allow_pickled: bool) -> list[str]:
     """The files, safetensors before pickles.
 
     Raises:
-        ModelError: there are none.
+        ModelError: there are none, or their index is damaged or leads out of the folder.
     """
     for stem in ("model.safetensors", *(["pytorch_model.bin"] if allow_pickled else [])):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return _indexed(index)
         if (folder / stem).is_file():
             return [stem]
     raise ModelError("the base has no weights here", where=str(folder), hint="is it whole?")
 
 
+def _indexed(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = "the index of the base's weights can't be read"
+        raise ModelError(what, where=str(index), hint="is the base whole?") from error
+    if any(Path(str(name)).name != name for name in names):
+        what, hint = "the base's files are said to lie elsewhere", "don't trust this folder"
+        raise ModelError(what, where=str(index), hint=hint)
+    return sorted(names)
+
+
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """By name, without reading the values of safetensors."""
+    """By name, without reading the values of safetensors.
+
+    Raises:
+        ModelError: the file is damaged, or not there; of `tensors` and `rows` as well.
+    """
     if path.suffix == ".bin":
         return {name: tuple(tensor.shape) for name, tensor in tensors(path)}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
@@ -39,7 +57,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
         yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
         return
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
 
@@ -48,8 +66,19 @@ def rows(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The middle row of each tensor, read alone; nothing of a pickle, which is read whole."""
     if path.suffix == ".bin":
         return
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
             middle = tuple(slice(size // 2, size // 2 + 1) for size in part.get_shape()[:-1])
             yield name, (part[middle] if middle else file.get_tensor(name)).flatten()
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        hint = "is the base whole? Take a copy of this file"
+        what = f"can't load the base's weights: {str(error).splitlines()[0]}"
+        raise ModelError(what, where=str(path), hint=hint) from error
