@@ -228,6 +228,7 @@ class Simulation:
         """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
         its second one keeps."""
         model, seen, marks = self.model, list[int](), list[int]()
+        forget_masks()  # those of a real run, which would not be counted
         with held(), self._mode, shortened(model) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
 

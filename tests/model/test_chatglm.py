@@ -464,11 +464,11 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "damaged index": (
         lambda base: (base / "model.safetensors.index.json").write_text("{") and None,
-        "index.json can't be read",
+        "index is damaged",
     ),
     "empty index": (
         lambda base: (base / "model.safetensors.index.json").write_text("{}") and None,
-        "names no files",
+        "index is damaged",
     ),
     "unknown key": (change_shard(lambda t: {**t, "prefix": torch.ones(1)}), "unknown tensor"),
     "missing key": (change_shard(lambda t: dict(list(t.items())[1:])), "not whole"),

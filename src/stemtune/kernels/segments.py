@@ -225,7 +225,7 @@ def _future(count: int, device: torch.device) -> Tensor:
 
 
 def forget_masks() -> None:
-    """After a simulation, whose masks are kept and hold no numbers."""
+    """Before and after a simulation: its masks hold no numbers."""
     _future.cache_clear()
 
 

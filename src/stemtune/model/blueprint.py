@@ -143,22 +143,25 @@ def shortened(model: PeftModel) -> Generator[list[tuple[nn.Module, int]]]:
         yield []
         return
     decoder: Any = base_model(model).get_decoder()
-    types = getattr(decoder.config, "layer_types", None)  # models look there for each block's mask
+    types = list[str](getattr(decoder.config, "layer_types", None) or [])
+    derived = isinstance(getattr(type(decoder.config), "layer_types", None), property)
+    has_several = len(set(types)) > 1 and not derived  # models look there for each block's mask
     numbers: dict[str, list[int]] = {}
     for number, block in enumerate(blocks):
-        numbers.setdefault(f"{types and types[number]} {_kind(block)}", []).append(number)
+        kind = f"{types[number] if has_several else ''} {_kind(block)}"
+        numbers.setdefault(kind, []).append(number)
     stands_for: dict[int, int] = {}
     for first, *others in numbers.values():
         stands_for |= {first: 1, **{number: len(others) for number in others[:1]}}
     chosen, kept = sorted(stands_for), decoder.layers
     decoder.layers = nn.ModuleList(blocks[number] for number in chosen)
-    if types:
+    if has_several:
         decoder.config.layer_types = [types[number] for number in chosen]
     try:
         yield [(blocks[number], stands_for[number]) for number in chosen]
     finally:
         decoder.layers = kept
-        if types:
+        if has_several:
             decoder.config.layer_types = types
 
 

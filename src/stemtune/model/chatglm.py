@@ -24,6 +24,7 @@ from stemtune.errors import DiskError, ModelError
 from stemtune.model import hub
 from stemtune.model.chatglm_tokenizer import build_tokenizer, stop_ids
 from stemtune.model.converted import converted_once, digest_of, reason_of
+from stemtune.model.weights import indexed
 
 log = logging.getLogger(__name__)
 CONVERSION = 1  # one more whenever the same checkpoint would be converted differently
@@ -304,11 +305,7 @@ def _shards(source: Path, allow_pickled: bool) -> list[Path]:
     for index, pattern in kinds:
         names = {path.name for path in source.glob(pattern)}
         if (source / index).is_file():
-            mapped = _read_json(source / index).get("weight_map")
-            if not isinstance(mapped, dict) or not mapped:
-                what = "this index names no files"
-                raise ModelError(what, where=str(source / index), hint="download the base again")
-            names = {str(name) for name in cast(dict[str, object], mapped).values()}
+            names = set(indexed(source / index))
         for name in sorted(names):
             if not (source / name).is_file():
                 what = f"a part of the weights is missing: {name}"

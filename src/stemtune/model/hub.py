@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 
 from stemtune.config import Model
 from stemtune.errors import DiskError, ModelError
+from stemtune.model.weights import indexed
 from stemtune.network import first_line, http_error, is_offline, network_error, retried
 
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -110,10 +111,7 @@ def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
         ModelError: see above.
     """
     for index in folder.glob("*.index.json"):
-        for name in set(_weight_map(index).values()):
-            if Path(name).name != name:
-                hint = "a base holds its weights in its own folder: don't trust this one"
-                raise ModelError(f"it names the file {name!r}", where=str(index), hint=hint)
+        indexed(index)
     has_plain, has_pickled = (any(folder.glob(f"*.{end}")) for end in ("safetensors", "bin"))
     if has_pickled and not has_plain and not allow_pickled:
         what = "the weights are pickled (.bin), which can run code"
@@ -122,14 +120,6 @@ def require_plain_weights(folder: Path, allow_pickled: bool) -> None:
     if not has_pickled and not has_plain:
         hint = "a base has safetensors, or .bin files and model.allow_pickled: true"
         raise ModelError("there are no weights here", where=str(folder), hint=hint)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): str(value) for key, value in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # transformers says what is wrong with it
 
 
 def _is_promised(blob: Path) -> bool:

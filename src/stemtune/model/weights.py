@@ -22,22 +22,31 @@ def shard_names(folder: Path, allow_pickled: bool) -> list[str]:
     for stem in ("model.safetensors", *(["pytorch_model.bin"] if allow_pickled else [])):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return indexed(index)
         if (folder / stem).is_file():
             return [stem]
     raise ModelError("the base has no weights here", where=str(folder), hint="is it whole?")
 
 
-def _indexed(index: Path) -> list[str]:
+def indexed(index: Path) -> list[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        ModelError: it is damaged, or names one outside of its folder.
+    """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = "the index of the base's weights can't be read"
-        raise ModelError(what, where=str(index), hint="is the base whole?") from error
-    if any(Path(str(name)).name != name for name in names):
-        what, hint = "the base's files are said to lie elsewhere", "don't trust this folder"
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in found.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = []
+    if not names:
+        what, hint = "can't load the base's weights: their index is damaged", "is the base whole?"
         raise ModelError(what, where=str(index), hint=hint)
-    return sorted(names)
+    for name in names:
+        if Path(name).name != name:
+            hint = "a base holds its weights in its own folder: don't trust this one"
+            raise ModelError(f"it names the file {name!r}", where=str(index), hint=hint)
+    return names
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
