@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import stemtune as st
 from stemtune import checkpoint
+from stemtune.estimate import SIMULATIONS
 from stemtune.rundir import RunFolder
 from tests.chaos.lab import Lab, Row, child, committed, newest
 from tests.models import save_tiny_model
@@ -22,6 +23,7 @@ from tests.runs import Spy, metrics_of, run_info, write_rows
 
 Fault = Callable[[Lab, int], Row]
 NOBODY = 65534
+SIMULATING = 1.0  # seconds that a step's memory takes, about
 
 
 def kill_at_random(lab: Lab, count: int) -> Row:
@@ -117,16 +119,22 @@ def _spread(total: int, count: int) -> list[int]:
     return sorted({1 + round(n * (total - 1) / max(1, count - 1)) for n in range(count)})
 
 
+def _train_anew(config: st.Config) -> None:
+    """Simulate a step's memory as well: a signal may come then."""
+    SIMULATIONS.clear()
+    st.train(config)
+
+
 def stop_by_signal(lab: Lab, count: int) -> Row:
     """SIGTERM or SIGINT at a random moment of training, then the same command again."""
     row = Row("SIGTERM or SIGINT, once")
-    seconds = lab.whole()[1]
+    seconds = lab.whole()[1] + SIMULATING
     for number in range(count):
         config = lab.config()
         name = signal.SIGTERM if number % 2 else signal.SIGINT
         delay = lab.random.uniform(0, seconds)
         with row.attempt(f"{name.name} after {delay:.3f} s"):
-            process = child(lambda config=config: st.train(config))
+            process = child(lambda config=config: _train_anew(config))
             time.sleep(delay)
             process.kill(name)
             code = process.wait()
@@ -142,12 +150,12 @@ def stop_by_signal(lab: Lab, count: int) -> Row:
 def stop_twice(lab: Lab, count: int) -> Row:
     """Two signals, one just after the other."""
     row = Row("two signals")
-    seconds = lab.whole()[1]
+    seconds = lab.whole()[1] + SIMULATING
     for _ in range(count):
         config = lab.config()
         delay = lab.random.uniform(0, seconds)
         with row.attempt(f"after {delay:.3f} s"):
-            process = child(lambda config=config: st.train(config))
+            process = child(lambda config=config: _train_anew(config))
             time.sleep(delay)
             process.kill(signal.SIGTERM)
             time.sleep(lab.random.uniform(0, 0.02))

@@ -23,6 +23,7 @@ import torch
 import stemtune as st
 from stemtune import checkpoint
 from stemtune.errors import CheckpointError, StemtuneError
+from stemtune.trainer import Trainer
 from tests.runs import adapter_of, make_config, metrics_of, without_clock
 
 TRACEBACK = 70  # of a child that ended by what no code of ours expects
@@ -80,6 +81,10 @@ class Lab:
         self.random = random.Random(seed)
         self._number = 0
         self._whole: dict[tuple[str, ...], tuple[Path, float]] = {}
+        # What children need not do each anew, for it writes nothing: imports, and the simulation
+        # of a step's memory.
+        for dtype in ("float32", "bfloat16"):
+            Trainer(self.config(f"model.dtype={dtype}")).folder.release()
 
     def config(self, *settings: str) -> st.Config:
         """Of a new run in a folder of its own."""
