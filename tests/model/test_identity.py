@@ -2,9 +2,12 @@
 
 import json
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import stemtune as st
@@ -13,6 +16,7 @@ from stemtune.export.gguf import read_run as read_for_gguf
 from stemtune.export.merge import merge
 from stemtune.export.serve import Address, serve_command
 from stemtune.export.serve import read_run as read_for_server
+from stemtune.model import weights as files
 from stemtune.model.identity import identity
 from stemtune.model.save import load_adapter
 from tests.models import save_tiny_model
@@ -37,6 +41,17 @@ def change(base: Path, named: str, how: float = 1.01) -> None:
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
 
 
+@contextmanager
+def as_it_was(*paths: Path) -> Generator[None]:
+    """Whatever is done to these files is undone behind it."""
+    kept = {path: path.read_bytes() for path in paths}
+    try:
+        yield
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base and a run."""
@@ -52,13 +67,10 @@ def test_another_base_of_the_same_shape_is_refused(
 ) -> None:
     run, weights = trained / "run", trained / "base" / "model.safetensors"
     WAYS[way](run, tmp_path / "first")  # the right one is taken
-    kept = weights.read_bytes()
-    change(trained / "base", "norm")
-    try:
+    with as_it_was(weights):
+        change(trained / "base", "norm")
         with pytest.raises(ModelError, match="not those that this adapter was trained on") as found:
             WAYS[way](run, tmp_path / "second")
-    finally:
-        weights.write_bytes(kept)
     assert str(trained / "base") in str(found.value) and "stemtune.json" in str(found.value)
     assert not (tmp_path / "second").exists()
     assert "weights are others" not in caplog.text
@@ -101,13 +113,10 @@ def test_how_the_weights_are_split_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["chat", "merge", "export"])
 def test_a_damaged_base(trained: Path, tmp_path: Path, way: str) -> None:
     weights = trained / "base" / "model.safetensors"
-    kept = weights.read_bytes()
-    weights.write_bytes(kept[:-100])
-    try:
+    with as_it_was(weights):
+        weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(ModelError, match=r"model\.safetensors"):
             WAYS[way](trained / "run", tmp_path / "merged")
-    finally:
-        weights.write_bytes(kept)
 
 
 def test_an_index_that_leads_out_of_its_folder(trained: Path, tmp_path: Path) -> None:
@@ -128,41 +137,49 @@ def test_a_base_that_somebody_named_is_taken_and_said(
     save_tiny_model(tmp_path / "other")
     change(tmp_path / "other", "norm")
     path = trained / "run" / "adapter" / "stemtune.json"
-    kept = path.read_text(encoding="utf-8")
-    prompt = json.loads(kept)
-    prompt["model"]["base"] = str(tmp_path / "other")
-    path.write_text(json.dumps(prompt), encoding="utf-8")
-    try:
-        with caplog.at_level(logging.WARNING, "stemtune"):
-            load_adapter(path.parent, "cpu")
-    finally:
-        path.write_text(kept, encoding="utf-8")
+    with as_it_was(path), caplog.at_level(logging.WARNING, "stemtune"):
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+        prompt["model"]["base"] = str(tmp_path / "other")
+        path.write_text(json.dumps(prompt), encoding="utf-8")
+        load_adapter(path.parent, "cpu")
     assert "trained on base, whose weights are others" in caplog.text
 
 
-def test_an_adapter_that_does_not_say(trained: Path) -> None:
-    """One of an earlier version."""
+def test_an_adapter_that_does_not_say(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One of an earlier version: it runs on what is there."""
+    path, weights = trained / "run/adapter/stemtune.json", trained / "base/model.safetensors"
+    with as_it_was(path, weights):
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+        del prompt["base"]
+        path.write_text(json.dumps(prompt), encoding="utf-8")
+        change(trained / "base", "norm")
+        model, _, _ = load_adapter(path.parent, "cpu")
+        changed = load_file(weights)
+    name = next(name for name in changed if "norm" in name)
+    assert torch.equal(model.get_base_model().state_dict()[name].float(), changed[name])
+    assert "weights are others" not in caplog.text
+
+
+@pytest.mark.parametrize("said", ['"x"', "[1]", "7"])
+def test_an_adapter_that_says_nonsense(trained: Path, said: str) -> None:
     path = trained / "run" / "adapter" / "stemtune.json"
-    kept, weights = path.read_text(encoding="utf-8"), trained / "base" / "model.safetensors"
-    before = weights.read_bytes()
-    prompt = json.loads(kept)
-    del prompt["base"]
-    path.write_text(json.dumps(prompt), encoding="utf-8")
-    change(trained / "base", "norm")
-    try:
-        load_adapter(path.parent, "cpu")
-    finally:
-        path.write_text(kept, encoding="utf-8")
-        weights.write_bytes(before)
+    with as_it_was(path):
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**prompt, "base": json.loads(said)}), encoding="utf-8")
+        with pytest.raises(ModelError, match="not what a run wrote"):
+            load_adapter(path.parent, "cpu")
 
 
 def test_going_on_with_an_adapter_of_another_base(trained: Path, tmp_path: Path) -> None:
-    weights = trained / "base" / "model.safetensors"
-    kept = weights.read_bytes()
     start = f"adapter.init_from={trained / 'run'}"
-    change(trained / "base", "q_proj")
-    try:
+    with as_it_was(trained / "base" / "model.safetensors"):
+        change(trained / "base", "q_proj")
         with pytest.raises(ModelError, match="not those that this adapter was trained on"):
             st.Trainer(make_config(tmp_path, trained / "base", start))
-    finally:
-        weights.write_bytes(kept)
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"nothing that torch wrote")
+    with pytest.raises(ModelError, match=r"\.bin files are damaged|can't load"):
+        dict(files.tensors(path))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,15 +49,31 @@ def require_same_base(folder: Path, model: Model) -> None:
         ModelError: see above.
     """
     path = folder / PROMPT_FILE
-    kept = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
-    if not kept or not kept["rows"]:
+    kept = _kept(path)
+    if not kept.get("rows"):
         return
     found = identity(model)
     if found["rows"] in ("", kept["rows"]):
         return
-    if found["name"] != kept["name"]:
-        log.warning("this adapter was trained on %s, whose weights are others", kept["name"])
+    if found["name"] != kept.get("name"):
+        log.warning("this adapter was trained on %s, whose weights are others", kept.get("name"))
         return
     what = "the base's weights are not those that this adapter was trained on"
     hint = f'give it that base; if this one is meant, delete "base" from {path}'
     raise ModelError(what, where=model.base, hint=hint)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What an adapter says of its base; nothing, if it has no such file, or it is an older one's.
+
+    Raises:
+        ModelError: no run wrote this.
+    """
+    try:
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+        return {**prompt.get("base", {})}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        hint = "the adapter is damaged: take a copy, or choose another one"
+        raise ModelError("this is not what a run wrote", where=str(path), hint=hint) from None

@@ -4,6 +4,7 @@ import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """One after another."""
     if path.suffix == ".bin":
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        with _readable(path):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        yield from found.items()
         return
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118
@@ -84,10 +87,18 @@ def rows(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _opened(path: Path) -> Generator[Any]:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        hint = "is the base whole? Take a copy of this file"
-        what = f"can't load the base's weights: {str(error).splitlines()[0]}"
+        yield
+    except UnpicklingError as error:  # torch advises to read it all the same, and run it
+        what = "the base's .bin files are damaged, or hold more than weights; nothing was run"
+        raise ModelError(what, where=str(path), hint="is the base whole?") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what, hint = f"can't load the base's weights: {reason}", "is the base whole?"
         raise ModelError(what, where=str(path), hint=hint) from error
