@@ -31,7 +31,7 @@ import stemtune as st
 from stemtune.config import Config
 from stemtune.model.memory import peak_memory
 
-AT_ONCE = 6  # processes on a GPU
+AT_ONCE = 4  # processes on a GPU
 HAMLET = str(ROOT / "src/stemtune/starter/hamlet.jsonl")
 PAIRS = str(ROOT / "examples/hamlet_preferences.jsonl")
 SETTINGS = [

@@ -1,5 +1,6 @@
 """What only a GPU can show: each back end, quantized bases and whole runs there."""
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,7 +169,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Run, attention: str) -> Non
 def test_the_way_changes_nothing(run: Run, settings: list[str]) -> None:
     steps = "train.max_steps=4"
     plain = losses(run("plain", steps))
-    assert losses(run("other", steps, *settings)) == pytest.approx(plain, rel=5e-3)
+    other = run("other", steps, *settings)
+    assert losses(other) == pytest.approx(plain, rel=5e-3)
+    facts = json.loads((other / "run.json").read_text(encoding="utf-8"))
+    assert facts["memory"]["estimate"]["total"] > 0, "each way's memory is estimated"
 
 
 def test_micro_batches_that_do_not_fit_are_halved(run: Run, monkeypatch: Any) -> None:

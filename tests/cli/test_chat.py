@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_type_hints
 from unittest.mock import patch
@@ -21,9 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stemtune as st
+from stemtune.chat import Chat
 from stemtune.cli.chat import chat as command
 from stemtune.cli.reply import clean
-from stemtune.cli.talk import parse_number
+from stemtune.cli.talk import _Talk, parse_number
 from stemtune.cli.terminal import is_open, without_marks
 from stemtune.data.formats import to_records
 from stemtune.data.records import Dialogue, Place
@@ -244,13 +246,6 @@ class Terminal:
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return before
 
-    def look(self, seconds: float) -> None:
-        """Take what is shown in that time."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if select.select([self.end], [], [], 0.1)[0]:
-                self.shown += self._read()
-
     def _read(self) -> str:
         try:
             text = os.read(self.end, 4096).decode(errors="replace")
@@ -270,14 +265,31 @@ class Terminal:
     def code(self) -> int:
         return self.process.wait(timeout=60)
 
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.end)
+
 
 @pytest.fixture
-def terminal(run: Path, tmp_path: Path) -> Iterator[Terminal]:
-    terminal = Terminal(tmp_path, "chat", run, *GREEDY)
-    yield terminal
-    terminal.process.kill()
-    terminal.process.wait()
-    os.close(terminal.end)
+def terminal_of(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Opens a terminal in which `stemtune chat` runs; all are closed in the end."""
+    with ExitStack() as opened:
+
+        def start(*arguments: str | Path) -> Terminal:
+            terminal = Terminal(tmp_path, "chat", *arguments)
+            opened.callback(terminal.close)
+            return terminal
+
+        yield start
+
+
+@pytest.fixture
+def terminal(run: Path, terminal_of: Callable[..., Terminal]) -> Terminal:
+    return terminal_of(run, *GREEDY)
 
 
 def test_a_session(terminal: Terminal, run: Path, tmp_path: Path) -> None:
@@ -346,29 +358,56 @@ def that_never_ends(run: Path, folder: Path) -> Path:
     return copy
 
 
-def test_ctrl_c_stops_a_reply(run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_reply(
+    run: Path, tmp_path: Path, terminal_of: Callable[..., Terminal]
+) -> None:
     copy = that_never_ends(run, tmp_path)
     greedy = ["--base", "--temperature", "0", "--max-new-tokens", "2000000"]
-    terminal = Terminal(tmp_path, "chat", copy, *greedy)
+    terminal = terminal_of(copy, *greedy)
     terminal.enter("Can it be taught?")
-    terminal.until(r"taught\?\n")
-    # The editor, which may still be putting itself away, would take the first one.
-    for _ in range(30):
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        terminal.look(seconds=1)
-        if "what was said so far is kept" in terminal.shown:
-            break
+    terminal.until(r"taught\?\n\s*\S")  # it has begun
+    terminal.interrupt()
     terminal.until("what was said so far is kept")
     terminal.until("you>")
     terminal.type("/undo\r")
     terminal.until("taken back: Can it be taught")
-    terminal.process.kill()
-    terminal.process.wait()
-    os.close(terminal.end)
 
 
-def test_two_replies_side_by_side_and_ctrl_c_twice(run: Path, tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path, "chat", run, "--compare", *GREEDY)
+def test_ctrl_c_before_a_reply_begins(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says of the conversation is what is kept of it."""
+    session = Chat(run, Sampling(temperature=0, max_new_tokens=24))
+    talk = _Talk(session, get_type_hints(command, include_extras=True), 5, compare=False)
+    real = session._stream
+
+    def stopped(after: int) -> Any:
+        def stream(exchange: Any) -> Iterator[str]:
+            for number, piece in enumerate(real(exchange)):
+                if number == after:
+                    raise KeyboardInterrupt
+                yield piece
+
+        return stream
+
+    def told(text: str, after: int) -> str:
+        monkeypatch.setattr(session, "_stream", stopped(after))
+        talk.take(text)
+        return capsys.readouterr().err
+
+    assert "nothing was said yet, and the question is not kept" in told("What is virtue?", 0)
+    assert [message.role for message in session.messages] == ["system"]
+    assert "what was said so far is kept" in told("What is virtue?", 1)
+    assert [message.role for message in session.messages] == ["system", "user", "assistant"]
+    said = session.messages
+    assert "nothing was said yet" in told("/regen", 0)
+    assert session.messages == said
+
+
+def test_two_replies_side_by_side_and_ctrl_c_twice(
+    run: Path, terminal_of: Callable[..., Terminal]
+) -> None:
+    terminal = terminal_of(run, "--compare", *GREEDY)
     terminal.enter("What is virtue?")
     assert re.search(r"base {20,}tuned", terminal.until("tuned"))
     terminal.until("I know not")
@@ -379,4 +418,3 @@ def test_two_replies_side_by_side_and_ctrl_c_twice(run: Path, tmp_path: Path) ->
     terminal.type("\x03")
     terminal.until("you>")  # once more as it was, and then nothing
     assert terminal.code() == 0
-    os.close(terminal.end)

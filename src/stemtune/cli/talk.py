@@ -112,6 +112,7 @@ class _Talk:
         command.run(rest[0] if rest else "")
 
     def _answer(self, pieces: Generator[str]) -> None:
+        before = self.session.messages
         try:
             if self.compare:
                 show_both(self.session, pieces)
@@ -120,7 +121,10 @@ class _Talk:
         except KeyboardInterrupt:
             pieces.close()
             print()
-            err.print("[dim](stopped; what was said so far is kept: /regen, /undo)[/dim]")
+            kept = "what was said so far is kept: /regen, /undo"
+            if self.session.messages is before:
+                kept = "nothing was said yet, and the question is not kept"
+            err.print(f"[dim](stopped; {kept})[/dim]")
 
     def _reset(self, _: str) -> None:
         self.session.reset()
