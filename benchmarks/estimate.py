@@ -34,6 +34,7 @@ from stemtune.model.memory import peak_memory
 AT_ONCE = 4  # processes on a GPU
 HAMLET = str(ROOT / "src/stemtune/starter/hamlet.jsonl")
 PAIRS = str(ROOT / "examples/hamlet_preferences.jsonl")
+WAYS = {"separate sequences": "padded", "flex": "flex"}
 SETTINGS = [
     "fp32, 1024",
     "fp32, 512, r 64",
@@ -56,6 +57,7 @@ SETTINGS = [
 ON_GPU = [
     "bf16, 2048",
     "bf16, 4096",
+    "bf16, 4096, flex",
     "bf16, 4096, pairs",
     "bf16, 4096, checkpointing",
     "bf16, 8192, checkpointing",
@@ -88,7 +90,7 @@ def config_of(setting: str, folder: str, device: str, base: str) -> Config:
             "device": device,
             "quantization": next((word for word in words if word in ("nf4", "int8")), None),
             "offload_layers": 16 if "weights elsewhere" in words else None,
-            "attention": "padded" if "separate sequences" in words else "auto",
+            "attention": next((WAYS[word] for word in words if word in WAYS), "auto"),
         },
         "adapter": adapter,
         "data": {**data, "eval_fraction": 0.0, "batching": "record"},

@@ -129,6 +129,17 @@ def test_a_step_takes_what_was_said(tmp_path: Path, family: str, sections: dict[
     assert said == pytest.approx(real_peak(model, tree, backend), rel=0.05)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2 (capped)"])
+def test_flex_is_estimated_where_it_cannot_run(tmp_path: Path, family: str) -> None:
+    """It keeps what segments keep, which is measured above; perhaps copies of a stem's keys."""
+    base = describe(tmp_path, family)
+    flex, segments = (
+        estimated(config_of(base, model={"attention": way}), branched(900)).activations
+        for way in ("flex", "segments")
+    )
+    assert segments <= flex < 1.15 * segments
+
+
 LINEAR, FULL = "linear_attention", "full_attention"
 
 

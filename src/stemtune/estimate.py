@@ -219,6 +219,9 @@ class Simulation:
         Raises:
             NoEstimateError: see there.
         """
+        if backend == "flex":  # it has no backward pass where this runs, and keeps what these do
+            capped = getattr(base_model(self.model).config, "attn_logit_softcapping", None)
+            backend = "segments" if capped else "varlen"
         key = f"{_content(tree)} {backend}"
         if key not in self._found:
             self._found[key] = self._simulate(tree, backend)

@@ -192,7 +192,7 @@ def varlen_attention(
         k, v = gather(k, keys), gather(v, keys)
     # Before torch 2.12 it takes grouped heads without being told.
     grouped: dict[str, Any] = {}
-    if _wants_gqa(varlen_attn):
+    if _has(varlen_attn, "enable_gqa"):
         grouped["enable_gqa"] = q.shape[1] != k.shape[1]
     result = varlen_attn(
         q,
@@ -211,8 +211,8 @@ def varlen_attention(
 
 
 @cache
-def _wants_gqa(function: Callable[..., Any]) -> bool:
-    return "enable_gqa" in signature(function).parameters
+def _has(function: Callable[..., Any], parameter: str) -> bool:
+    return parameter in signature(function).parameters
 
 
 def flex_attention(
@@ -227,15 +227,12 @@ def flex_attention(
     """FlexAttention: compiled on CUDA. It has no backward pass on CPUs."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    def capped(score: Tensor, *_place: Tensor) -> Tensor:
-        return score if cap is None else cap * torch.tanh(score / cap)
-
     run = _compiled_flex() if query.is_cuda else flex
     result = run(
         query,
         key,
         value,
-        score_mod=None if cap is None else capped,
+        score_mod=None if cap is None else _capped(cap, query.device),
         block_mask=tree.flex_mask(window),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -243,11 +240,25 @@ def flex_attention(
     return result.transpose(1, 2)
 
 
+def _capped(cap: float, device: torch.device) -> Callable[..., Tensor]:
+    """What becomes of scores. The cap is a tensor there: a number, which compiled code for any
+    shape takes for one that changes, would not be compiled."""
+    largest = torch.full((), cap, dtype=torch.float32, device=device)
+
+    def score_mod(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return largest * torch.tanh(score / largest)
+
+    return score_mod
+
+
 @cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    return torch.compile(flex, dynamic=True)
+    # A window or none, one block or more, a gradient or none: more kinds than eight, for which
+    # torch from 2.12 on takes a limit; beyond it, it would run uncompiled.
+    more: dict[str, Any] = {"recompile_limit": 64} if _has(torch.compile, "recompile_limit") else {}
+    return torch.compile(flex, dynamic=True, **more)
 
 
 Backend = Callable[
