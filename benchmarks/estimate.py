@@ -29,6 +29,7 @@ from workload import ROOT
 
 import stemtune as st
 from stemtune.config import Config
+from stemtune.fit import heavy_steps
 from stemtune.model.memory import peak_memory
 
 AT_ONCE = 4  # processes on a GPU
@@ -122,7 +123,7 @@ def measure(setting: str, device: str, base: str) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # a new high-water mark
-        trainer.runner.rehearse(trainer.data.train.longest_records(config.train.batch_size))
+        trainer.runner.rehearse(heavy_steps(trainer.data.train, trainer.plan, config))
         run = trainer.train().output_dir
         peak = peak_memory(torch.device(device))
         found = json.loads((run / "run.json").read_text(encoding="utf-8"))["memory"]

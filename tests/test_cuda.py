@@ -93,6 +93,23 @@ def test_trees_of_any_size_run(backend: str) -> None:
         assert relative_error(again, expected) < 0.02
 
 
+@pytest.mark.parametrize("backend", ["segments", "flex", "varlen"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2 (capped)"])
+def test_the_backward_pass_may_run_within_autocast(family: str, backend: str) -> None:
+    if backend == "varlen" and family == "gemma2 (capped)":
+        pytest.skip("varlen attention has no cap on scores")
+    model = on_cuda(family, torch.bfloat16, **({} if family == "llama" else {"sliding_window": 90}))
+    tree, found = build_tree(random_sequences(stem=300, branch=50)), []
+    for within in (False, True):
+        with torch.autocast("cuda", torch.bfloat16):
+            logps = st.target_logprobs(model, tree, backend)
+            if within:
+                found.append(gradient(model, logps))
+        if not within:
+            found.append(gradient(model, logps))
+    assert relative_error(*found) < 1e-2
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda-base")

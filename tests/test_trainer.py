@@ -429,6 +429,28 @@ def test_the_largest_micro_batch_is_tried_first(
     assert [line["loss"] for line in ours] == pytest.approx([x["loss"] for x in theirs], abs=1e-5)
 
 
+def test_no_micro_batch_is_larger_than_the_one_that_is_tried_first(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's allocator can't use what it took for smaller ones. The longest records need not make
+    the largest micro-batch: short ones fill it better."""
+    monkeypatch.setattr("stemtune.trainer.REHEARSED_FROM", 2)
+    overrides = ["train.max_steps=6", "train.batch_size=4", "train.micro_batch_tokens=250"]
+    trainer = st.Trainer(make_config(tmp_path, tiny_base, *overrides))
+    sizes: list[int] = []
+    real = trainer.runner.loss
+
+    def counted(step: Any) -> Any:
+        sizes.append(st.build_tree(step.sequences).num_distinct)
+        return real(step)
+
+    monkeypatch.setattr(trainer.runner, "loss", counted)
+    trainer.train()
+    longest = trainer.data.train.of(trainer.data.train.longest_records(4))
+    alone = [longest[index] for index in trainer.scorer.largest(longest)]
+    assert sizes[0] == max(sizes) > st.build_tree(alone).num_distinct
+
+
 def test_out_of_memory_with_one_sequence(tmp_path: Path, tiny_base: Path) -> None:
     trainer = st.Trainer(make_config(tmp_path, tiny_base, *SHORT))
     fits_up_to(trainer, 10)

@@ -25,8 +25,14 @@ OFFLOAD = "model.offload_layers"
 Settings = dict[str, Any]  # by name, as on the command line
 
 
+def heavy_steps(part: Part, plan: Seq[Seq[int]], config: Config) -> list[Seq[int]]:
+    """The records of steps one of which may take most memory: those of the longest records, of
+    which no step need be made, and of the first steps."""
+    return [part.longest_records(config.train.batch_size), *plan[:LOOKED_AT]]
+
+
 class Workload:
-    """The steps that may take most: the one with the longest records, and the first ones.
+    """The steps that may take most.
 
     Args:
         part: what is trained on.
@@ -34,8 +40,7 @@ class Workload:
     """
 
     def __init__(self, part: Part, plan: Seq[Seq[int]], config: Config) -> None:
-        steps = [part.longest_records(config.train.batch_size), *plan[:LOOKED_AT]]
-        self.steps = [part.of(records) for records in steps]
+        self.steps = [part.of(records) for records in heavy_steps(part, plan, config)]
         self.together = config.answers != "best"
         self._found: dict[tuple[int, bool, int], Tree] = {}
 

@@ -137,10 +137,16 @@ class StepRunner:
             return self.scorer.reference(part.of(records))
         return self.stored.of(part, records)
 
-    def rehearse(self, records: Seq[int]) -> None:
-        """Run the largest micro-batch of a step for nothing but the memory it takes: what does not
-        fit is found before the first step, and halves the micro-batches of all."""
-        step = self.gather(records)
+    def rehearse(self, steps: Seq[Seq[int]]) -> None:
+        """Run the largest micro-batch of some steps for nothing but the memory it takes: what does
+        not fit is found before the first step, and halves the micro-batches of all. A GPU's
+        allocator finds room for smaller ones in what it has taken for the largest, not for a larger
+        one in that of smaller ones.
+
+        Args:
+            steps: the records of each.
+        """
+        step = self.gather(max(steps, key=self._most_at_once))
         self.model.train()  # activations are checkpointed in training alone
 
         def largest() -> None:
@@ -194,7 +200,7 @@ class StepRunner:
             counts = [sequence.num_targets for sequence in part.sequences]
             for index, mine in zip(batch, found.detach().cpu().split(counts), strict=True):
                 logps[index] = mine
-            distinct += self._computed(part)
+            distinct += self._computed(part.sequences)
         return Share(total, distinct, told, logps)
 
     def _activations(self) -> AbstractContextManager[None]:
@@ -207,11 +213,16 @@ class StepRunner:
         if loss.requires_grad:
             self.accelerator.backward(loss)
 
-    def _computed(self, part: Step) -> int:
-        """Tokens of a micro-batch that went through the model."""
+    def _most_at_once(self, records: Seq[int]) -> int:
+        """Tokens of the largest micro-batch of a step."""
+        sequences = self.part.of(records)
+        return self._computed([sequences[index] for index in self.scorer.largest(sequences)])
+
+    def _computed(self, sequences: list[Sequence]) -> int:
+        """Tokens of a micro-batch that go through the model."""
         if self.scorer.backend == "padded":
-            return sum(len(sequence) for sequence in part.sequences)
-        return count_distinct(part.sequences)
+            return sum(map(len, sequences))
+        return count_distinct(sequences)
 
     def loss(self, step: Step) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What a micro-batch adds to its step's loss, its log-probabilities [T], and what its

@@ -22,6 +22,7 @@ from stemtune.errors import DivergedError, Interrupted
 from stemtune.export.card import Known
 from stemtune.export.hub import login, push
 from stemtune.figures import held_out_figures, losses_by_record
+from stemtune.fit import heavy_steps
 from stemtune.handover import adapter_files, data_facts, push_finished
 from stemtune.interrupt import StopRequest
 from stemtune.lower import LowerStates
@@ -36,6 +37,7 @@ from stemtune.model.adapter import adapter_folder, add_adapter, require_adapter,
 from stemtune.model.identity import identity, require_same_base
 from stemtune.model.load import (
     base_source,
+    checkpoint_activations,
     choose_device,
     fingerprint,
     hashes_of,
@@ -261,7 +263,7 @@ class Trainer:
         if config.adapter.init_weights == "loftq" and saved is None:
             start_from_residual(self.model, base_source(config.model), config.train.seed)
         if config.train.activation_checkpointing:
-            base.activation_checkpointing_enable()
+            checkpoint_activations(base)
         self.parameters = trainable(self.model)
         require_space(self.folder.path, self.parameters.values(), config.train)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config.train))
@@ -347,7 +349,7 @@ class Trainer:
                 self.runner.lower = self._lower_states()
             self.folder.write(phase="training")
         if total - start > REHEARSED_FROM:
-            self.runner.rehearse(self.data.train.longest_records(self.config.train.batch_size))
+            self.runner.rehearse(heavy_steps(self.data.train, self.plan[start:], self.config))
         with console.bar:
             self._evaluate_if_due()
             while self.progress.step < total:

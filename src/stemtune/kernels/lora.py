@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stemtune.kernels.dropout import Dropout
 from stemtune.kernels.linear import as_rows, linear
 
 
 def lora_linear(
     x: Tensor,
-    dropped: Tensor | None,
+    dropout: Dropout | None,
     weight: Callable[[], Tensor],
     bias: Tensor | None,
     a: Tensor,
@@ -28,7 +29,7 @@ def lora_linear(
 
     Args:
         x: [..., in].
-        dropped: [..., in], d: x after dropout; None where that is x itself.
+        dropout: makes d of x; d is x itself without.
         weight: gives [out, in], W, frozen; called in each pass, so that a weight which is held in
             few bits is dense for the moment of a product alone.
         bias: [out], frozen.
@@ -36,9 +37,12 @@ def lora_linear(
 
     Source:
         Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685, equation 3. With U = scale · ∂y B:
-        ∂x = ∂y W, ∂d = U A, ∂A = Uᵀ d, ∂B = scale · ∂yᵀ (d Aᵀ).
+        ∂x = ∂y W + mask · (U A), ∂A = Uᵀ d, ∂B = scale · ∂yᵀ (d Aᵀ). Dropout's own scale is a
+        factor of `scale`, and d is x where it is not 0.
     """
-    return _LoraLinear.apply(x, dropped, weight, bias, a, b, scale)  # pyright: ignore
+    if dropout is not None:
+        scale *= dropout.scale
+    return _LoraLinear.apply(x, dropout, weight, bias, a, b, scale)  # pyright: ignore
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -46,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
+        dropout: Dropout | None,
         weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
@@ -56,34 +60,47 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dense = weight()
             rows = as_rows(x, dense.dtype)
-            inner = rows if dropped is None else as_rows(dropped, dense.dtype)
             a_, b_ = a.to(dense.dtype), _scaled(b, scale, dense.dtype)
-            low = linear(inner, a_)
+            low = _low(rows, dropout, a_)
             y = linear(rows, dense, bias).addmm_(low, b_.t())
-        ctx.save_for_backward(inner, low, a_, b_)
-        ctx.weight, ctx.scale, ctx.has_dropout = weight, scale, dropped is not None
+        # Not what dropout made of them: layers of the same input keep it together.
+        ctx.save_for_backward(rows, low, a_, b_)
+        ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
         ctx.dtypes = (x.dtype, a.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inner, low, a, b = ctx.saved_tensors
+        rows, low, a, b = ctx.saved_tensors
         x_dtype, a_dtype = ctx.dtypes
-        shape = (*grads[0].shape[:-1], a.shape[1])
         with torch.autocast(grads[0].device.type, enabled=False):
             above = as_rows(grads[0], a.dtype)
             update = torch.mm(above, b)
-            to_a = _product(update.t(), inner, a_dtype)
             to_b = _product(above.t(), low, a_dtype).mul_(ctx.scale)
-            to_x = to_dropped = None
-            if ctx.needs_input_grad[0]:
-                to_x = linear(above, ctx.weight().t())
-                if not ctx.has_dropout:
+            to_x = linear(above, ctx.weight().t()) if ctx.needs_input_grad[0] else None
+            if ctx.dropout is None:
+                to_a = _product(update.t(), rows, a_dtype)
+                if to_x is not None:
                     to_x.addmm_(update, a)
-                to_x = to_x.view(shape).to(x_dtype)
-            if ctx.has_dropout and ctx.needs_input_grad[1]:
-                to_dropped = torch.mm(update, a).view(shape).to(x_dtype)
-        return to_x, to_dropped, None, None, to_a, to_b, None
+            else:
+                to_a = torch.zeros(a.shape, dtype=a_dtype, device=a.device)
+                for part, mask in ctx.dropout.parts(rows):
+                    to_a += _product(update[part].t(), mask.of(rows[part]), a_dtype)
+                    if to_x is not None:
+                        to_x[part] += mask.of(torch.mm(update[part], a))
+            if to_x is not None:
+                to_x = to_x.view(*grads[0].shape[:-1], a.shape[1]).to(x_dtype)
+        return to_x, None, None, None, to_a, to_b, None
+
+
+def _low(rows: Tensor, dropout: Dropout | None, a: Tensor) -> Tensor:
+    """The product d Aᵀ, [N, r]."""
+    if dropout is None:
+        return linear(rows, a)
+    low = rows.new_empty(rows.shape[0], a.shape[0])
+    for part, mask in dropout.parts(rows):
+        low[part] = linear(mask.of(rows[part]), a)
+    return low
 
 
 def _scaled(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

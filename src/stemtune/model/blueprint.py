@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from stemtune.config import Adapter, Config, Model
 from stemtune.errors import ModelError
 from stemtune.model.adapter import adapter_folder, add_adapter
-from stemtune.model.load import base_source
+from stemtune.model.load import base_source, checkpoint_activations
+from stemtune.model.lora import FastLoraLinear
 from stemtune.model.offload import offloadable
 from stemtune.model.targets import linear_layers
 from stemtune.tree.blocks import has_blocks
@@ -37,8 +38,11 @@ def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         base = _base(config.model, dtype)
         model = add_adapter(base, _fresh(config.adapter, base), config.train.seed)
+    for layer in model.modules():
+        if isinstance(layer, FastLoraLinear):
+            layer.draws = False
     if config.train.activation_checkpointing:
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
     return model.train()
 
 

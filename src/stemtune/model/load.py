@@ -174,6 +174,12 @@ def _original(config: Model, *, weights: bool = True) -> Path:
     return Path(config.base)
 
 
+def checkpoint_activations(base: Any) -> None:
+    """Keep the inputs of blocks alone, and compute the rest of them once more."""
+    # As transformers 5.23 calls it; 5.17 has the other name alone.
+    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+
+
 def is_gguf(config: Model) -> bool:
     """Whether the base is a GGUF file."""
     return config.base.endswith(gguf.SUFFIX)
@@ -243,7 +249,7 @@ def choose_device(wanted: str) -> torch.device:
         "cpu": True,
     }
     if wanted == "auto":
-        return torch.device(next(name for name, available in there.items() if available))
+        wanted = next(name for name, available in there.items() if available)
     if not there[wanted]:
         hint = "leave model.device at auto"
         raise ConfigError(f"no {wanted} on this machine", where="model.device", hint=hint)

@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stemtune.kernels.dropout import Dropout, next_seed
 from stemtune.kernels.linear import as_rows, linear
 from stemtune.kernels.lora import lora_linear
 from stemtune.model.offload import OffloadedLinear
@@ -40,7 +41,13 @@ def _fast_layer(
 
 class FastLoraLinear(Linear):
     """The same layer, and the same numbers but for rounding. What the kernel does not do (several
-    adapters at once, merged weights, DoRA and other variants) is left to PEFT."""
+    adapters at once, merged weights, DoRA and other variants) is left to PEFT.
+
+    Attributes:
+        draws: whether dropout has numbers; in a simulation there are none.
+    """
+
+    draws = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
@@ -62,12 +69,16 @@ class FastLoraLinear(Linear):
         a, b = cast(nn.Linear, self.lora_A[names[0]]), cast(nn.Linear, self.lora_B[names[0]])
         if b.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             return super().forward(x)
-        dropout = self.lora_dropout[names[0]]
-        dropped = None if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
         weight = base.dense if away else lambda: base.weight
+        dropout = self._dropout(self.lora_dropout[names[0]])
         return lora_linear(
-            x, dropped, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
+            x, dropout, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
         )
+
+    def _dropout(self, module: nn.Module) -> Dropout | None:
+        if not self.training or not isinstance(module, nn.Dropout):  # none of it: an Identity
+            return None
+        return Dropout.of(module.p, next_seed() if self.draws else None)
 
 
 def _one_dtype(x: Tensor, dtype: torch.dtype) -> bool:
