@@ -29,13 +29,14 @@ from stemtune.tree.build import Tree
 from stemtune.tree.logprobs import base_model, target_logprobs
 from stemtune.tree.support import why_no_tree
 
-# What no tensor of ours accounts for, as measured on CPUs by benchmarks/estimate.py. Those of GPUs
-# are the CUDA context's usual size and a caching allocator's usual slack: nobody measured them yet.
-RUNTIME = {"cpu": 110e6, "cuda": 600e6, "mps": 110e6}  # bytes of libraries, their buffers and code
+# What no tensor of ours accounts for, as measured by benchmarks/estimate.py on CPUs and an H100:
+# there CUDA's context, and what a caching allocator holds if the largest micro-batch came first.
+RUNTIME = {"cpu": 130e6, "cuda": 718e6, "mps": 130e6}  # bytes of libraries, their buffers and code
 # glibc can't use a freed aligned block for one of the same size again: holes are left between what
 # is kept, and under activation checkpointing by the temporaries of each block.
 HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
-HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
+HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries;
+HOLES_IN_FLOAT32 = 2.0  # times as many there
 # Weights in few bits are dense for the moment of a product, each between activations that are kept.
 HOLES_OF_DENSE = {"cpu": 1.0, "cuda": 0.0, "mps": 0.0}  # of all such weights
 SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits
@@ -124,7 +125,8 @@ class Estimator:
         passing = found.passing + (simulation.dense if brought else 0)
         holes = HOLES[self.device.type] * (kept + passing)
         if config.train.activation_checkpointing:
-            holes += HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
+            times = HOLES_IN_FLOAT32 if dtype_of(config) == torch.float32 else 1.0
+            holes += times * HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
         elif config.model.quantization:
             holes += HOLES_OF_DENSE[self.device.type] * simulation.all_dense
         goes_on = config.adapter.init_from is not None and config.has_reference
