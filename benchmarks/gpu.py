@@ -209,13 +209,14 @@ def quantize(base: Any, device: str, *, ours: bool) -> None:
 
     for name in [n for n, m in base.named_modules() if type(m) is torch.nn.Linear and "." in n]:
         layer = base.get_submodule(name)
-        packed = Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            quant_type="nf4",
-            compute_dtype=torch.bfloat16,
-        )
+        with torch.device(device):  # on a CPU the random start of 8 billion weights takes minutes
+            packed = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                quant_type="nf4",
+                compute_dtype=torch.bfloat16,
+            )
         packed.load_state_dict(layer.state_dict())
         packed.bias = layer.bias
         parent, _, child = name.rpartition(".")
