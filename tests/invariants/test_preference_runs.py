@@ -795,14 +795,14 @@ def test_stored_and_live_are_one_run(tmp_path: Path, tiny_base: Path, kind: str)
 
 @pytest.mark.usefixtures("smollm2")
 def test_stored_and_live_are_one_run_of_a_real_base(tmp_path: Path) -> None:
-    settings = ["train.max_steps=10", "train.batch_size=2", "train.learning_rate=2e-3"]
+    settings = ["train.max_steps=5", "train.batch_size=2", "train.learning_rate=2e-3"]
     runs = {}
     for way in ("stored", "live"):
         more = [*settings, f"objective.reference={way}"]
         config = run_of(tmp_path / way, Path("smollm2"), "dpo", *more)
         runs[way] = steps_of(st.train(config).output_dir)
     losses = [[line["loss"] for line in lines] for lines in runs.values()]
-    assert len(losses[0]) == 10 and losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(losses[0]) == 5 and losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < 0.9 * math.log(2), "nothing was learned"
 
