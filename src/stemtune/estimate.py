@@ -35,8 +35,8 @@ RUNTIME = {"cpu": 130e6, "cuda": 718e6, "mps": 130e6}  # bytes of libraries, the
 # glibc can't use a freed aligned block for one of the same size again: holes are left between what
 # is kept, and under activation checkpointing by the temporaries of each block.
 HOLES = {"cpu": 0.25, "cuda": 0.08, "mps": 0.08}  # of the activations
-HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries;
-HOLES_IN_FLOAT32 = 2.0  # times as many there
+HOLES_OF_BLOCKS = {"cpu": 0.11, "cuda": 0.0, "mps": 0.0}  # of a checkpointed block's temporaries
+HOLES_IN_FLOAT32 = 2.0  # times the holes of blocks
 # Weights in few bits are dense for the moment of a product, each between activations that are kept.
 HOLES_OF_DENSE = {"cpu": 1.0, "cuda": 0.0, "mps": 0.0}  # of all such weights
 SMALL = 4096  # values: bitsandbytes keeps the state of smaller tensors in 32 bits

@@ -9,7 +9,6 @@ segment has n tokens and its path (ancestors and itself) m; h of the K heads are
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import compress
@@ -81,7 +80,7 @@ class _Segments(torch.autograd.Function):
     ) -> Tensor:
         queries = _stack(query * scale, key.shape[0])
         output = _tokens_first(queries, value.shape[-1])
-        with _as_they_are(query):
+        with torch.autocast(query.device.type, enabled=False):  # it would cast softmax on a GPU
             for heads, mine in _together(segments, queries):
                 own = [states[heads] for states in (queries, key, value, output)]
                 for segment in mine:
@@ -101,7 +100,7 @@ class _Segments(torch.autograd.Function):
         to_query = _tokens_first(queries, queries.shape[-1])
         to_key, to_value = (x.new_zeros(x.shape, dtype=wide) for x in (key, value))
         known = (queries, key, value, above, mean, to_query, to_key, to_value)
-        with _as_they_are(query):
+        with torch.autocast(query.device.type, enabled=False):
             for heads, mine in _together(ctx.segments, queries):
                 own = [states[heads] for states in known]
                 for segment in mine:
@@ -109,12 +108,6 @@ class _Segments(torch.autograd.Function):
         to_query.mul_(ctx.scale)
         to_key, to_value = to_key.to(key.dtype), to_value.to(value.dtype)
         return to_query.flatten(0, 1), to_key, to_value, None, None, None, None
-
-
-def _as_they_are(states: Tensor) -> AbstractContextManager[Any]:
-    """Within it nothing is cast: a GPU's autocast, in which a backward pass may run as well, would
-    have a softmax in float32 and the products of it in half precision."""
-    return torch.autocast(states.device.type, enabled=False)
 
 
 def _attend(

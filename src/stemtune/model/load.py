@@ -177,7 +177,8 @@ def _original(config: Model, *, weights: bool = True) -> Path:
 def checkpoint_activations(base: Any) -> None:
     """Keep the inputs of blocks alone, and compute the rest of them once more."""
     # As transformers 5.23 calls it; 5.17 has the other name alone.
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    (enable or base.gradient_checkpointing_enable)()
 
 
 def is_gguf(config: Model) -> bool:

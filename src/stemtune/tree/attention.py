@@ -255,8 +255,8 @@ def _capped(cap: float, device: torch.device) -> Callable[..., Tensor]:
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    # A window or none, one block or more, a gradient or none: more kinds than eight, for which
-    # torch from 2.12 on takes a limit; beyond it, it would run uncompiled.
+    # A window or none, one block or more, a gradient or none: there may be more kinds than eight,
+    # beyond which it would run uncompiled. torch 2.13 takes another limit.
     more: dict[str, Any] = {"recompile_limit": 64} if _has(torch.compile, "recompile_limit") else {}
     return torch.compile(flex, dynamic=True, **more)
 
