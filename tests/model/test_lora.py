@@ -96,10 +96,13 @@ def distances(found: Any, truth: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_same_numbers(family: str, dropout: float, training: bool) -> None:
-    """As near to them in float64 as PEFT's own layers are in float32."""
+    """PEFT's; with dropout, where two roundings differ more, as near to float64 as PEFT's are."""
     models = [model.train(training) for model in pair(family, lora_dropout=dropout)]
     assert {type(layer) for layer in layers(models[0])} == {FastLoraLinear}
     assert {type(layer) for layer in layers(models[1])} == {Linear}
+    if not (dropout and training):
+        assert_equal(models, 2e-6)
+        return
     ours, theirs = map(logits_and_gradients, models)
     truth = logits_and_gradients(models[1].double())
     assert truth[0].dtype == torch.float64
