@@ -187,8 +187,8 @@ def report(settings: list[str], options: argparse.Namespace, base: str) -> None:
                 print(f"| {setting} | exit code {error.returncode} |", flush=True)
                 continue
             print(line_of(setting, figures[setting]), flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            if options.json is not None:  # what was measured stays, whatever comes
+                options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def line_of(setting: str, found: list[dict[str, Any]]) -> str:

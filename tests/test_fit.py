@@ -211,7 +211,7 @@ def test_a_run_that_does_not_seem_to_fit(
 def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a base computes depends on numbers."""
 
-    def depends(*_: object) -> None:
+    def depends(*_: object, **__: object) -> None:
         raise NoEstimateError("it depends on numbers")
 
     monkeypatch.setattr(Simulation, "activations", depends)

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
-
 import torch
 
 from stemtune.config import Config, Model
 from stemtune.interrupt import held
 from stemtune.kernels.segments import forget_masks
+from stemtune.model.activations import OffloadedActivations
 from stemtune.model.adapter import trainable
 from stemtune.model.blueprint import (
     blocks_of,
@@ -117,13 +117,12 @@ class Estimator:
             ModelError, ConfigError: see `blueprint`.
         """
         simulation = self.simulation(config)
-        found = simulation.activations(tree, self.backend(config))
         offload = config.train.activation_offload and self.device.type != "cpu"
-        kept = 0.0 if offload else found.kept
+        found = simulation.activations(tree, self.backend(config), offload=offload)
         away = config.model.offload_layers if self.device.type == "cuda" else None
         brought = config.model.quantization or away
         passing = found.passing + (simulation.dense if brought else 0)
-        holes = HOLES[self.device.type] * (kept + passing)
+        holes = HOLES[self.device.type] * (found.kept + passing)
         if config.train.activation_checkpointing:
             times = HOLES_IN_FLOAT32 if dtype_of(config) == torch.float32 else 1.0
             holes += times * HOLES_OF_BLOCKS[self.device.type] * simulation.blocks * found.passing
@@ -137,7 +136,7 @@ class Estimator:
             adapter=simulation.adapter,
             gradients=simulation.adapter,
             optimizer=state_bytes(simulation.sizes, config.train.optimizer, self.device),
-            activations=int(kept),
+            activations=int(found.kept),
             temporaries=int(passing),
             runtime=int(RUNTIME[self.device.type]),
             holes=int(holes),
@@ -157,11 +156,11 @@ class Estimator:
         checkpointing = config.train.activation_checkpointing
         source = base_source(config.model, weights=False)
         shape = (source / "config.json").read_bytes()
-        key = f"{source} {shape!r} {config.adapter!r} {dtype} {checkpointing}"
+        key = f"{source} {shape!r} {config.adapter!r} {dtype} {checkpointing} {self.device.type}"
         if key not in SIMULATIONS:
             if len(SIMULATIONS) == MOST_SIMULATIONS:
                 SIMULATIONS.clear()
-            SIMULATIONS[key] = Simulation(config, dtype)
+            SIMULATIONS[key] = Simulation(config, dtype, self.device.type)
         return SIMULATIONS[key]
 
 
@@ -181,7 +180,7 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 class Simulation:
-    """A model without weights, and what its steps take.
+    """A model without weights, and what its steps take on a device of some kind.
 
     Attributes:
         adapter: bytes of the weights that are trained.
@@ -191,8 +190,8 @@ class Simulation:
         blocks: how many there are.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype) -> None:
-        self.model = blueprint(config, dtype)
+    def __init__(self, config: Config, dtype: torch.dtype, kind: str) -> None:
+        self.model = blueprint(config, dtype, kind)
         trained = trainable(self.model).values()
         self.adapter, self.sizes = size_of(trained), [p.numel() for p in trained]
         linear = quantizable(self.model)
@@ -215,8 +214,11 @@ class Simulation:
         """Bytes of the weights that wait in main memory, of so many blocks."""
         return sum(self._of_blocks[:count])
 
-    def activations(self, tree: Tree, backend: str) -> Activations:
+    def activations(self, tree: Tree, backend: str, *, offload: bool) -> Activations:
         """Those of a micro-batch.
+
+        Args:
+            offload: what is saved for the backward pass waits elsewhere.
 
         Raises:
             NoEstimateError: see there.
@@ -224,28 +226,29 @@ class Simulation:
         if backend == "flex":  # it has no backward pass where this runs, and keeps what these do
             capped = getattr(base_model(self.model).config, "attn_logit_softcapping", None)
             backend = "segments" if capped else "varlen"
-        key = f"{_content(tree)} {backend}"
+        key = f"{_content(tree)} {backend} {offload}"
         if key not in self._found:
-            self._found[key] = self._simulate(tree, backend)
+            self._found[key] = self._simulate(tree, backend, offload)
         return self._found[key]
 
-    def _simulate(self, tree: Tree, backend: str) -> Activations:
+    def _simulate(self, tree: Tree, backend: str, offload: bool) -> Activations:
         """Forward and backward pass through two blocks of each kind: each more of a kind keeps what
         its second one keeps."""
-        model, seen, marks = self.model, list[int](), list[int]()
+        model, marks = self.model, list[int]()
+        away = OffloadedActivations(model, torch.device("meta")) if offload else nullcontext()
         forget_masks()  # those of a real run, which would not be counted
         with held(), self._mode, shortened(model) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
 
-            def mark(*_: Any) -> None:
-                seen.append(counted.now)
+            def mark(*_: object) -> None:
+                counted.mark()
 
             hooks = [block.register_forward_hook(mark) for block, _ in blocks]
             try:
                 with counted:
-                    with autocast(model):  # a new tree: this one is to keep no fake tensors
+                    with autocast(model), away:  # a new tree: this one is to keep no fake tensors
                         logps = target_logprobs(model, replace(tree), backend)
-                    kept, marks = counted.now, seen[-len(blocks) :]
+                    kept, marks = counted.now, counted.marks[-len(blocks) :]
                     logps.sum().backward()
             except Exception as error:  # whatever a model does with numbers that are not there
                 raise NoEstimateError((str(error) or repr(error)).splitlines()[0]) from error

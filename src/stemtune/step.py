@@ -16,6 +16,7 @@ from stemtune.figures import preferences_of
 from stemtune.guards import suspects
 from stemtune.lower import LowerStates
 from stemtune.metrics import Metrics
+from stemtune.model.activations import OffloadedActivations
 from stemtune.objectives import Term, Totals, layout_of, loss_of, totals_of
 from stemtune.plan.pack import count_distinct
 from stemtune.reference import StoredReference
@@ -207,7 +208,7 @@ class StepRunner:
         """Where they wait for the backward pass."""
         if not self.activation_offload:
             return nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        return OffloadedActivations(self.model, torch.device("cpu"))
 
     def _backward(self, loss: Tensor) -> None:
         if loss.requires_grad:

@@ -33,11 +33,11 @@ from stemtune.metrics import (
     read_metrics,
     require_trackers,
 )
+from stemtune.model.activations import checkpoint_activations
 from stemtune.model.adapter import adapter_folder, add_adapter, require_adapter, trainable
 from stemtune.model.identity import identity, require_same_base
 from stemtune.model.load import (
     base_source,
-    checkpoint_activations,
     choose_device,
     fingerprint,
     hashes_of,

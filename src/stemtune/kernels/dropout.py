@@ -1,9 +1,11 @@
 """Dropout that is a function of a seed: nothing of it is kept for the backward pass.
 
-torch draws for each value by itself, which on a CPU takes 6 ns and made a third of a step. Here one
-draw of 64 bits serves four values, so that a rate is a multiple of 2⁻¹⁶; and a few rows at a time
-are drawn, dropped and multiplied while a core's cache has them, always in the same memory: taken
-anew for each layer, it would leave a hole among the activations that are kept.
+Some rows at a time are drawn, dropped and multiplied, so that what lives meanwhile is small.
+
+On a CPU torch would draw for each value by itself, which takes 6 ns and made a third of a step. Here
+one draw of 64 bits serves four values, so that a rate is a multiple of 2⁻¹⁶; and a core's cache has
+the rows meanwhile, always in the same memory: taken anew for each layer, it would leave a hole among
+the activations that are kept.
 """
 
 import threading
@@ -17,6 +19,7 @@ from torch import Tensor
 
 LEVELS = 2**16
 ROOM = 2**18  # values at a time on a CPU
+ROOM_ON_GPU = 2**24
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as a value
 
 
@@ -49,15 +52,17 @@ class Dropout:
     Attributes:
         levels: how many of the 2¹⁶ that a value can draw drop it.
         seed: 63 bits; None where there are no numbers, in a simulation.
+        kind: of the device that this is on, or stands for.
     """
 
     levels: int
     seed: int | None
+    kind: str
 
     @classmethod
-    def of(cls, rate: float, seed: int | None) -> "Dropout":
+    def of(cls, rate: float, seed: int | None, kind: str = "cpu") -> "Dropout":
         """At the nearest rate there is, below 1."""
-        return cls(min(round(rate * LEVELS), LEVELS - 1), seed)
+        return cls(min(round(rate * LEVELS), LEVELS - 1), seed, kind)
 
     @property
     def rate(self) -> float:
@@ -71,27 +76,37 @@ class Dropout:
 
     def parts(self, rows: Tensor) -> Iterator[tuple[slice, Mask]]:
         """Some rows of [N, n] after others, each with its mask: the same ones each time."""
-        if self.seed is None or rows.is_meta:
+        if self.kind != "cpu":
+            yield from self._on_gpu(rows)
+        elif self.seed is None:  # what it would take has been taken before
             yield slice(None), Mask(None, None)
-        elif rows.device.type == "cpu":
-            yield from self._on_cpu(rows, self.seed)
         else:
-            stays = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-            generator = _generator(rows.device).manual_seed(self.seed)
-            yield slice(None), Mask(stays.bernoulli_(1 - self.rate, generator=generator), None)
+            yield from self._on_cpu(rows, self.seed)
+
+    def _on_gpu(self, rows: Tensor) -> Iterator[tuple[slice, Mask]]:
+        generator = None if self.seed is None else _generator(rows.device).manual_seed(self.seed)
+        for part in _slices(rows, ROOM_ON_GPU):
+            stays = torch.empty_like(rows[part], dtype=torch.bool)
+            yield part, Mask(stays.bernoulli_(1 - self.rate, generator=generator), None)
 
     def _on_cpu(self, rows: Tensor, seed: int) -> Iterator[tuple[slice, Mask]]:
-        count, width = rows.shape
+        width = rows.shape[1]
         stream, levels = np.random.SFC64(seed), np.uint16(self.levels)
-        most = max(1, ROOM // width)
         rooms = _rooms(threading.get_ident(), INTEGERS[rows.element_size()], max(ROOM, width))
-        for start in range(0, count, most):
-            part = slice(start, min(start + most, count))
-            size = (part.stop - start) * width
+        for part in _slices(rows, ROOM):
+            size = (part.stop - part.start) * width
             stays, room = (flat[:size].view(-1, width) for flat in rooms)
             drawn = stream.random_raw(-(-size // 4)).view(np.uint16)[:size]
             np.negative((drawn >= levels).view(np.int8), out=stays.view(-1).numpy())
             yield part, Mask(stays, room)
+
+
+def _slices(rows: Tensor, room: int) -> Iterator[slice]:
+    """As many rows at a time as have so many values, at least one."""
+    count, width = rows.shape
+    most = max(1, room // width)
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
 
 
 def next_seed() -> int:

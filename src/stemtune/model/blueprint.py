@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stemtune.config import Adapter, Config, Model
 from stemtune.errors import ModelError
+from stemtune.model.activations import checkpoint_activations
 from stemtune.model.adapter import adapter_folder, add_adapter
-from stemtune.model.load import base_source, checkpoint_activations
+from stemtune.model.load import base_source
 from stemtune.model.lora import FastLoraLinear
 from stemtune.model.offload import offloadable
 from stemtune.model.targets import linear_layers
@@ -27,9 +28,9 @@ BLOCK_4BIT = 64  # weights that share a scale, in bitsandbytes
 BLOCK_SCALES = 256  # scales that share a scale
 
 
-def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
+def blueprint(config: Config, dtype: torch.dtype, kind: str) -> PeftModel:
     """The base in `dtype`, unquantized, with the adapter that is trained: on the meta device, ready
-    to train.
+    to train as on a device of this kind.
 
     Raises:
         ModelError: transformers can't make the base of its config.
@@ -40,7 +41,7 @@ def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
         model = add_adapter(base, _fresh(config.adapter, base), config.train.seed)
     for layer in model.modules():
         if isinstance(layer, FastLoraLinear):
-            layer.draws = False
+            layer.stands_for = kind
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     return model.train()

@@ -22,24 +22,36 @@ aten = torch.ops.aten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it the storages that operations make are counted, each once, until it is freed.
+    """Within it the storages that operations make are counted, each once, until it is freed; but
+    for those on the meta device, which stand for memory elsewhere.
 
     Attributes:
         now: bytes that live.
         peak: bytes that lived at the most.
+        marks: bytes that lived when the first operation after each `mark` began.
     """
 
     def __init__(self, not_counted: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.marks: list[int] = []
+        self._marked = False
         self._made_by: Any = WeakIdKeyDictionary()
         for tensor in not_counted:
             self._made_by[tensor.untyped_storage()] = (None, None)
+
+    def mark(self) -> None:
+        """Note what lives once the function that calls has returned, and nothing of it waits there
+        as an argument or a result any more."""
+        self._marked = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What an operation gives; where that would depend on numbers, a guess."""
+        if self._marked:
+            self.marks.append(self.now)
+            self._marked = False
         if func is aten.nonzero.default:  # at the most everything: few bytes, wherever we ask
             result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         elif func is aten.equal.default:  # what one operation made: the head's product, as it is
@@ -62,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._made_by:
+        if storage in self._made_by or tensor.is_meta:
             return
         size = storage.nbytes()
 

@@ -174,13 +174,6 @@ def _original(config: Model, *, weights: bool = True) -> Path:
     return Path(config.base)
 
 
-def checkpoint_activations(base: Any) -> None:
-    """Keep the inputs of blocks alone, and compute the rest of them once more."""
-    # As transformers 5.23 calls it; 5.17 has the other name alone.
-    enable = getattr(base, "activation_checkpointing_enable", None)
-    (enable or base.gradient_checkpointing_enable)()
-
-
 def is_gguf(config: Model) -> bool:
     """Whether the base is a GGUF file."""
     return config.base.endswith(gguf.SUFFIX)

@@ -44,10 +44,10 @@ class FastLoraLinear(Linear):
     adapters at once, merged weights, DoRA and other variants) is left to PEFT.
 
     Attributes:
-        draws: whether dropout has numbers; in a simulation there are none.
+        stands_for: in a simulation, where dropout has no numbers, the kind of device of the run.
     """
 
-    draws = True
+    stands_for: str | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
@@ -70,15 +70,17 @@ class FastLoraLinear(Linear):
         if b.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             return super().forward(x)
         weight = base.dense if away else lambda: base.weight
-        dropout = self._dropout(self.lora_dropout[names[0]])
+        dropout = self._dropout(self.lora_dropout[names[0]], x.device.type)
         return lora_linear(
             x, dropout, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
         )
 
-    def _dropout(self, module: nn.Module) -> Dropout | None:
+    def _dropout(self, module: nn.Module, kind: str) -> Dropout | None:
         if not self.training or not isinstance(module, nn.Dropout):  # none of it: an Identity
             return None
-        return Dropout.of(module.p, next_seed() if self.draws else None)
+        if self.stands_for is not None:
+            return Dropout.of(module.p, None, self.stands_for)
+        return Dropout.of(module.p, next_seed(), kind)
 
 
 def _one_dtype(x: Tensor, dtype: torch.dtype) -> bool:
