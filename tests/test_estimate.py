@@ -217,7 +217,10 @@ def test_the_reference_is_a_second_adapter(tmp_path: Path) -> None:
 def test_offloaded_activations_are_not_on_a_gpu(tmp_path: Path) -> None:
     settings = {"train": {"activation_offload": True}, "model": {"device": "cuda"}}
     config = config_of(describe(tmp_path), **settings)
-    there, here = Estimator(torch.device("cuda")).of(config, branched()), estimated(config, branched())
+    there, here = (
+        Estimator(torch.device("cuda")).of(config, branched()),
+        estimated(config, branched()),
+    )
     assert 0 <= there.activations < 0.05 * here.activations
     # They come back one by one, not all at once.
     assert here.temporaries < there.temporaries < 0.3 * here.activations

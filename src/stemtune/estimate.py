@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+
 import torch
 
 from stemtune.config import Config, Model

@@ -1,5 +1,5 @@
-"""Activations that wait elsewhere. The device `cpu:0`, which is no other than `cpu` but is not equal
-to it, stands in for one that tensors are copied to."""
+"""Activations that wait elsewhere. The device `cpu:0`, which is no other than `cpu` but is not
+equal to it, stands in for one that tensors are copied to."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -78,4 +78,4 @@ def test_views_of_one_tensor_come_back_as_they_were() -> None:
 
 def test_small_tensors_stay() -> None:
     x = torch.randn(SMALL // 4 - 1, requires_grad=True)
-    assert copied(torch.nn.Module(), lambda: x.exp()) == []
+    assert copied(torch.nn.Module(), x.exp) == []

@@ -2,10 +2,10 @@
 
 Some rows at a time are drawn, dropped and multiplied, so that what lives meanwhile is small.
 
-On a CPU torch would draw for each value by itself, which takes 6 ns and made a third of a step. Here
-one draw of 64 bits serves four values, so that a rate is a multiple of 2⁻¹⁶; and a core's cache has
-the rows meanwhile, always in the same memory: taken anew for each layer, it would leave a hole among
-the activations that are kept.
+On a CPU torch would draw for each value by itself, which takes 6 ns and made a third of a step.
+Here one draw of 64 bits serves four values, so that a rate is a multiple of 2⁻¹⁶; and a core's
+cache has the rows meanwhile, always in the same memory: taken anew for each layer, it would leave
+a hole among the activations that are kept.
 """
 
 import threading
