@@ -9,6 +9,7 @@ import torch
 
 from stemtune.config import Config, Model
 from stemtune.interrupt import held
+from stemtune.kernels.kind import standing_for
 from stemtune.kernels.segments import forget_masks
 from stemtune.model.activations import OffloadedActivations
 from stemtune.model.adapter import trainable
@@ -184,6 +185,7 @@ class Simulation:
     """A model without weights, and what its steps take on a device of some kind.
 
     Attributes:
+        kind: of the device.
         adapter: bytes of the weights that are trained.
         sizes: how many values each of them has.
         dense: bytes of the largest weight that can be quantized: it is dense in its product.
@@ -192,7 +194,7 @@ class Simulation:
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, kind: str) -> None:
-        self.model = blueprint(config, dtype, kind)
+        self.kind, self.model = kind, blueprint(config, dtype)
         trained = trainable(self.model).values()
         self.adapter, self.sizes = size_of(trained), [p.numel() for p in trained]
         linear = quantizable(self.model)
@@ -238,7 +240,7 @@ class Simulation:
         model, marks = self.model, list[int]()
         away = OffloadedActivations(model, torch.device("meta")) if offload else nullcontext()
         forget_masks()  # those of a real run, which would not be counted
-        with held(), self._mode, shortened(model) as blocks:
+        with held(), standing_for(self.kind), self._mode, shortened(model) as blocks:
             counted = LiveBytes([*model.parameters(), *model.buffers()])
 
             def mark(*_: object) -> None:

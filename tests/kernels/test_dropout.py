@@ -1,6 +1,7 @@
 """Dropout by a seed: what is drawn, and that nothing but the seed decides it."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stemtune.kernels.dropout import ROOM, ROOM_ON_GPU, Dropout, next_seed
+from stemtune.kernels.kind import standing_for
 from stemtune.kernels.lora import lora_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -26,35 +28,39 @@ def stays_of(x: Tensor, dropout: Dropout) -> Tensor:
     return dropped(torch.ones_like(x), dropout)
 
 
-KINDS = pytest.mark.parametrize("kind", ["cpu", "cuda"])  # a GPU's way runs on a CPU as well
+@pytest.fixture(params=["cpu", "cuda"])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways run on a CPU."""
+    with standing_for(request.param):
+        yield request.param
 
 
-def stays(rate: float, shape: tuple[int, ...], seed: int = 1, kind: str = "cpu") -> Tensor:
-    return stays_of(torch.ones(shape), Dropout.of(rate, seed, kind))
+def stays(rate: float, shape: tuple[int, ...], seed: int = 1) -> Tensor:
+    return stays_of(torch.ones(shape), Dropout.of(rate, seed))
 
 
-@KINDS
-def test_rates_are_kept(kind: str) -> None:
+@pytest.mark.usefixtures("kind")
+def test_rates_are_kept() -> None:
     """What is dropped of a million is within five standard deviations of what is expected."""
     for rate in (0.0001, 0.05, 0.1, 0.5, 0.9):
-        dropout = Dropout.of(rate, 7, kind)
+        dropout = Dropout.of(rate, 7)
         assert dropout.rate == pytest.approx(rate, abs=2**-17)
-        dropped = 10**6 - float(stays(rate, (1000, 1000), 7, kind).sum())
+        dropped = 10**6 - float(stays(rate, (1000, 1000), 7).sum())
         deviation = math.sqrt(10**6 * dropout.rate * (1 - dropout.rate))
         assert abs(dropped - 10**6 * dropout.rate) < 5 * deviation
         assert dropout.scale == 1 / (1 - dropout.rate)
     assert Dropout.of(0.99999999, 7).rate < 1
 
 
-@pytest.mark.parametrize(("kind", "room"), [("cpu", ROOM), ("cuda", ROOM_ON_GPU)])
-def test_values_are_dropped_independently(kind: str, room: int) -> None:
+def test_values_are_dropped_independently(kind: str) -> None:
     """Neighbours, rows, the four values of one draw, the chunks, and other seeds."""
+    room = ROOM if kind == "cpu" else ROOM_ON_GPU
     shape = (64, 2 * room // 64)
-    drops = 1 - stays(0.3, shape, 3, kind)
+    drops = 1 - stays(0.3, shape, 3)
     flat = drops.flatten()
     lags = [1, 2, 3, 4, 8, drops.shape[1], room]
     pairs = [(flat[:-lag], flat[lag:]) for lag in lags]
-    pairs.append((flat, 1 - stays(0.3, shape, 4, kind).flatten()))
+    pairs.append((flat, 1 - stays(0.3, shape, 4).flatten()))
     for one, other in pairs:
         correlation = torch.corrcoef(torch.stack([one, other]))[0, 1]
         assert abs(float(correlation)) < 5 / math.sqrt(one.numel())
@@ -63,14 +69,14 @@ def test_values_are_dropped_independently(kind: str, room: int) -> None:
         assert float((count - 0.3).abs().max()) < bound
 
 
-@KINDS
+@pytest.mark.usefixtures("kind")
 @DTYPES
-def test_the_seed_alone_decides(dtype: torch.dtype, kind: str) -> None:
+def test_the_seed_alone_decides(dtype: torch.dtype) -> None:
     x = torch.randn(37, 19, dtype=dtype)
-    found = dropped(x, Dropout.of(0.4, 11, kind))
-    expected = torch.where(stays(0.4, (37, 19), 11, kind) == 1, x, torch.zeros((), dtype=dtype))
+    found = dropped(x, Dropout.of(0.4, 11))
+    expected = torch.where(stays(0.4, (37, 19), 11) == 1, x, torch.zeros((), dtype=dtype))
     assert torch.equal(found, expected) and found.dtype == dtype
-    assert not torch.equal(found, dropped(x, Dropout.of(0.4, 12, kind)))
+    assert not torch.equal(found, dropped(x, Dropout.of(0.4, 12)))
 
 
 def test_infinite_values_can_be_dropped() -> None:
@@ -91,18 +97,18 @@ def written_out(x: Tensor, mask: Tensor, *weights: Any, scale: float, rate: floa
     return x @ weight.T + scale * ((x * mask / (1 - rate)) @ a.T) @ b.T
 
 
-@KINDS
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("rate", [0.05, 0.5])
-def test_a_layer_is_the_formula(rate: float, kind: str) -> None:
+def test_a_layer_is_the_formula(rate: float) -> None:
     torch.manual_seed(0)
     x, weight, a, b = (torch.randn(*s) for s in [(50, 24), (16, 24), (4, 24), (16, 4)])
-    dropout = Dropout.of(rate, 5, kind)
+    dropout = Dropout.of(rate, 5)
     trained = [t.requires_grad_() for t in (x, a, b)]
     y = lora_linear(x, dropout, lambda: weight, None, a, b, 2.0)
     above = torch.randn(50, 16)
     grads = torch.autograd.grad(y, trained, above)
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    mask = stays(rate, (50, 24), 5, kind).double()
+    mask = stays(rate, (50, 24), 5).double()
     wanted = written_out(exact[0], mask, weight.double(), *exact[1:], scale=2.0, rate=dropout.rate)
     expected = torch.autograd.grad(wanted, exact, above.double())
     for found, true in zip([y, *grads], [wanted, *expected], strict=True):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stemtune.kernels.kind import is_simulated, kind_of
+
 LEVELS = 2**16
 ROOM = 2**18  # values at a time on a CPU
 ROOM_ON_GPU = 2**24
@@ -52,17 +54,15 @@ class Dropout:
     Attributes:
         levels: how many of the 2¹⁶ that a value can draw drop it.
         seed: 63 bits; None where there are no numbers, in a simulation.
-        kind: of the device that this is on, or stands for.
     """
 
     levels: int
     seed: int | None
-    kind: str
 
     @classmethod
-    def of(cls, rate: float, seed: int | None, kind: str = "cpu") -> "Dropout":
+    def of(cls, rate: float, seed: int | None) -> "Dropout":
         """At the nearest rate there is, below 1."""
-        return cls(min(round(rate * LEVELS), LEVELS - 1), seed, kind)
+        return cls(min(round(rate * LEVELS), LEVELS - 1), seed)
 
     @property
     def rate(self) -> float:
@@ -76,7 +76,7 @@ class Dropout:
 
     def parts(self, rows: Tensor) -> Iterator[tuple[slice, Mask]]:
         """Some rows of [N, n] after others, each with its mask: the same ones each time."""
-        if self.kind != "cpu":
+        if kind_of(rows) != "cpu":
             yield from self._on_gpu(rows)
         elif self.seed is None:  # what it would take has been taken before
             yield slice(None), Mask(None, None)
@@ -109,9 +109,11 @@ def _slices(rows: Tensor, room: int) -> Iterator[slice]:
         yield slice(start, min(start + most, count))
 
 
-def next_seed() -> int:
-    """The next number of torch's generator, with which seeds are saved and restored. It is the
-    CPU's also for a GPU: nothing waits for it."""
+def next_seed() -> int | None:
+    """The next number of torch's generator, with which seeds are saved and restored; none in a
+    simulation. It is the CPU's also for a GPU: nothing waits for it."""
+    if is_simulated():
+        return None
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 

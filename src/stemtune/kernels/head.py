@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stemtune.kernels.kind import kind_of
 from stemtune.kernels.linear import linear
 
 # Rows and tokens of the vocabulary at once: on a CPU 32 MB of logits in fp32, which a cache holds;
@@ -98,4 +99,4 @@ def _chunk(
 
 
 def _block_of(states: Tensor) -> tuple[int, int]:
-    return BLOCKS.get(states.device.type, BLOCKS["cpu"])
+    return BLOCKS.get(kind_of(states), BLOCKS["cpu"])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stemtune.kernels.kind import kind_of
+
 FEW_ROWS = 32  # below, the call itself is what takes the time
 
 
@@ -55,9 +57,10 @@ def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-def has_fast_linear(device: torch.device) -> bool:
-    """Whether `linear` has a faster kernel for large fp32 matrices than torch itself."""
-    return device.type == "cpu" and _onednn_is_exact()
+def has_fast_linear(x: Tensor) -> bool:
+    """Whether `linear` has a faster kernel for large fp32 matrices than torch itself, where such a
+    tensor is."""
+    return kind_of(x) == "cpu" and _onednn_is_exact()
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -65,7 +68,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     takes a thousand times as long."""
     return (
         x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        and kind_of(x) == "cpu"
         and x.shape[0] >= FEW_ROWS
         and x.is_contiguous()
         and (weight.is_contiguous() or weight.t().is_contiguous())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stemtune.kernels.kind import kind_of
 from stemtune.kernels.linear import has_fast_linear, linear
 
 CPU_ROWS = 768  # rows of scores of a head at a time, of several heads half as many: see notes.md
@@ -177,7 +178,7 @@ def _together(
     """Key/value heads that are computed together, and the segments for which they are: one by one
     where a product of two matrices has a faster kernel than a batched one, and is worth a call."""
     heads, groups, _, _ = stacked.shape
-    fast = stacked.dtype == torch.float32 and has_fast_linear(stacked.device)
+    fast = stacked.dtype == torch.float32 and has_fast_linear(stacked)
     large = [fast and groups * (s.end - s.start) * s.length >= ALONE for s in segments]
     yield slice(None), list(compress(segments, map(not_, large)))
     for head in range(heads):
@@ -186,7 +187,7 @@ def _together(
 
 def _blocks(segment: SegmentPath, stacked: Tensor, window: int | None) -> Iterator[_Block]:
     heads, groups, _, _ = stacked.shape
-    limit = GPU_ROWS if stacked.device.type == "cuda" else CPU_ROWS // min(heads, 2)
+    limit = GPU_ROWS if kind_of(stacked) == "cuda" else CPU_ROWS // min(heads, 2)
     size = max(1, limit // groups)
     before = segment.length - segment.end  # a packed index plus this is a place in the path
     for start in range(segment.start, segment.end, size):

@@ -18,7 +18,6 @@ from stemtune.errors import ModelError
 from stemtune.model.activations import checkpoint_activations
 from stemtune.model.adapter import adapter_folder, add_adapter
 from stemtune.model.load import base_source
-from stemtune.model.lora import FastLoraLinear
 from stemtune.model.offload import offloadable
 from stemtune.model.targets import linear_layers
 from stemtune.tree.blocks import has_blocks
@@ -28,9 +27,9 @@ BLOCK_4BIT = 64  # weights that share a scale, in bitsandbytes
 BLOCK_SCALES = 256  # scales that share a scale
 
 
-def blueprint(config: Config, dtype: torch.dtype, kind: str) -> PeftModel:
+def blueprint(config: Config, dtype: torch.dtype) -> PeftModel:
     """The base in `dtype`, unquantized, with the adapter that is trained: on the meta device, ready
-    to train as on a device of this kind.
+    to train.
 
     Raises:
         ModelError: transformers can't make the base of its config.
@@ -39,9 +38,6 @@ def blueprint(config: Config, dtype: torch.dtype, kind: str) -> PeftModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         base = _base(config.model, dtype)
         model = add_adapter(base, _fresh(config.adapter, base), config.train.seed)
-    for layer in model.modules():
-        if isinstance(layer, FastLoraLinear):
-            layer.stands_for = kind
     if config.train.activation_checkpointing:
         checkpoint_activations(base)
     return model.train()

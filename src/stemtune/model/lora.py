@@ -42,12 +42,7 @@ def _fast_layer(
 class FastLoraLinear(Linear):
     """The same layer, and the same numbers but for rounding. What the kernel does not do (several
     adapters at once, merged weights, DoRA and other variants) is left to PEFT.
-
-    Attributes:
-        stands_for: in a simulation, where dropout has no numbers, the kind of device of the run.
     """
-
-    stands_for: str | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
@@ -70,17 +65,15 @@ class FastLoraLinear(Linear):
         if b.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             return super().forward(x)
         weight = base.dense if away else lambda: base.weight
-        dropout = self._dropout(self.lora_dropout[names[0]], x.device.type)
+        dropout = self._dropout(self.lora_dropout[names[0]])
         return lora_linear(
             x, dropout, weight, base.bias, a.weight, b.weight, self.scaling[names[0]]
         )
 
-    def _dropout(self, module: nn.Module, kind: str) -> Dropout | None:
+    def _dropout(self, module: nn.Module) -> Dropout | None:
         if not self.training or not isinstance(module, nn.Dropout):  # none of it: an Identity
             return None
-        if self.stands_for is not None:
-            return Dropout.of(module.p, None, self.stands_for)
-        return Dropout.of(module.p, next_seed(), kind)
+        return Dropout.of(module.p, next_seed())
 
 
 def _one_dtype(x: Tensor, dtype: torch.dtype) -> bool:
