@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/estimate.py
     OMP_NUM_THREADS=1 python benchmarks/estimate.py --rounds 3 --only "bf16, 512"
     python benchmarks/estimate.py --device cuda      # a random base of 1.2 billion weights
+    python benchmarks/estimate.py --device cuda --measured FILE...  # today's estimates of those
 
 Each setting runs in a process of its own: `stemtune.Trainer` with a run file's settings, its
 largest micro-batch and two steps. *predicted* is what the run wrote to run.json before weights
@@ -29,8 +30,12 @@ from workload import ROOT
 
 import stemtune as st
 from stemtune.config import Config
+from stemtune.data.prepare import prepare
+from stemtune.data.survey import survey
 from stemtune.fit import heavy_steps
+from stemtune.model.load import load_tokenizer
 from stemtune.model.memory import peak_memory
+from stemtune.report.memory import memory_of
 
 AT_ONCE = 4  # processes on a GPU
 HAMLET = str(ROOT / "src/stemtune/starter/hamlet.jsonl")
@@ -144,6 +149,19 @@ def measure(setting: str, device: str, base: str) -> dict[str, Any]:
     }
 
 
+def predicted_anew(setting: str, device: str, base: str) -> dict[str, float]:
+    """What the estimate of a run is today, wherever that device may be: MB by part."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(setting, folder, device, base)
+        surveyed = survey(config.data, config.train.seed)
+        tokenizer = load_tokenizer(config.model)
+        data = prepare(surveyed, tokenizer, config.data, answers=config.answers)
+        estimate = memory_of(config, data, 80_000_000_000).estimate
+        assert estimate is not None
+        found = estimate.to_json()
+    return {**{name: size / 1e6 for name, size in found.items()}, "tokens": found["tokens"]}
+
+
 def cuda_context() -> float:
     """MB that a process takes of a GPU before its first tensor and with cuBLAS awake, while nothing
     else changes there."""
@@ -191,6 +209,15 @@ def report(settings: list[str], options: argparse.Namespace, base: str) -> None:
                 options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
+def compare_anew(options: argparse.Namespace, base: str) -> None:
+    """The same table, of peaks that were measured and of today's estimates."""
+    for path in options.measured:
+        for setting, found in json.loads(path.read_text(encoding="utf-8")).items():
+            estimate = predicted_anew(setting, options.device, base)
+            assert estimate["tokens"] == found[0]["tokens"], f"{setting}: another micro-batch"
+            print(line_of(setting, [{**one, **estimate} for one in found]), flush=True)
+
+
 def line_of(setting: str, found: list[dict[str, Any]]) -> str:
     """Of the table."""
     measured = [one["measured"] for one in found]
@@ -211,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="processes for each setting")
     parser.add_argument("--only", nargs="+", choices=every)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--measured", type=Path, nargs="+", help="figures written by --json")
     parser.add_argument("--setting", choices=every, help="run this one, in this process")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT, of transformers
@@ -219,6 +247,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         base = options.base or "smollm2"
+        if options.measured:
+            compare_anew(options, base if options.device == "cpu" else random_base(Path(folder)))
+            return
         if options.device == "cuda":
             base = options.base or random_base(Path(folder))
             if "STEMTUNE_BENCH_CONTEXT" not in os.environ:
