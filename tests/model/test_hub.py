@@ -48,7 +48,9 @@ def fetch(
     asked: list[str] = []
     repos: Repos = {NAME: FILES}
     with serve(repos, faults, asked) as endpoint:
-        times = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+        hangs = "hang" in str(faults)
+        patience = "1" if hangs else "60"  # s; a loaded machine's answers take more than one
+        times = {"HF_HUB_DOWNLOAD_TIMEOUT": patience, "HF_HUB_ETAG_TIMEOUT": patience}
         done = run_python(
             CODE.format(settings=settings, weights=weights),
             folder,

@@ -84,7 +84,9 @@ class Dropout:
             yield from self._on_cpu(rows, self.seed)
 
     def _on_gpu(self, rows: Tensor) -> Iterator[tuple[slice, Mask]]:
-        generator = None if self.seed is None else _generator(rows.device).manual_seed(self.seed)
+        generator = None
+        if self.seed is not None and not rows.is_meta:
+            generator = _generator(rows.device).manual_seed(self.seed)
         for part in _slices(rows, ROOM_ON_GPU):
             stays = torch.empty_like(rows[part], dtype=torch.bool)
             yield part, Mask(stays.bernoulli_(1 - self.rate, generator=generator), None)
