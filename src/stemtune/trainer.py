@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from stemtune import checkpoint, lower, reference
-from stemtune.config import Config
+from stemtune.config import Config, Model
 from stemtune.data.prepare import Part, Prepared, prepare
 from stemtune.data.survey import Survey, survey
 from stemtune.data.templates import set_template
@@ -239,14 +240,7 @@ class Trainer:
         memory = MemoryPlan(config, self.data.train, self.plan, self.ranks)
         self.memory = memory.facts
         budget = memory.micro_batch_tokens(saved)
-        if config.adapter.init_from is not None:
-            require_same_base(adapter_folder(Path(config.adapter.init_from)), config.model)
-        self.identity = identity(config.model)
-        base, _ = load_model(memory.config.model)
-        require_rows(base, self.tokenizer, self.data.train.store.largest_id)
-        self.base_fingerprint = fingerprint(base)
-        if saved is not None:
-            refuse_other_base(saved.state, self.base_fingerprint, allow_changes)
+        base = self._load_base(memory.config.model, saved, allow_changes)
         self.device = base.device
         self.accelerator = Accelerator(
             cpu=self.device.type == "cpu",
@@ -254,17 +248,7 @@ class Trainer:
             log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(self.folder.path / "tensorboard")),
         )
-        self.model = add_adapter(
-            base,
-            config.adapter,
-            config.train.seed,
-            has_reference=config.has_reference,
-        )
-        if config.adapter.init_weights == "loftq" and saved is None:
-            start_from_residual(self.model, base_source(config.model), config.train.seed)
-        if config.train.activation_checkpointing:
-            checkpoint_activations(base)
-        self.parameters = trainable(self.model)
+        self._adapt(base, starts_anew=saved is None)
         require_space(self.folder.path, self.parameters.values(), config.train)
         self.optimizer = self.accelerator.prepare(make_optimizer(self.parameters, config.train))
         if saved is None:
@@ -274,6 +258,44 @@ class Trainer:
             budget = memory.micro_batch_tokens(backend=backend)
         else:
             backend = saved.state["backend"]
+        self._make_runners(backend, budget, terms)
+        self.resolved = resolved(config, self.model, backend, self.scorer.budget)
+        if saved is not None:
+            self._restore(saved)
+
+    def _load_base(
+        self, model: Model, saved: checkpoint.Checkpoint | None, allow_changes: Seq[str]
+    ) -> PreTrainedModel:
+        """The base that the data, an earlier stage and a checkpoint are for."""
+        init_from = self.config.adapter.init_from
+        if init_from is not None:
+            require_same_base(adapter_folder(Path(init_from)), self.config.model)
+        self.identity = identity(self.config.model)
+        base, _ = load_model(model)
+        require_rows(base, self.tokenizer, self.data.train.store.largest_id)
+        self.base_fingerprint = fingerprint(base)
+        if saved is not None:
+            refuse_other_base(saved.state, self.base_fingerprint, allow_changes)
+        return base
+
+    def _adapt(self, base: PreTrainedModel, *, starts_anew: bool) -> None:
+        """Add what is trained."""
+        config = self.config
+        self.model = add_adapter(
+            base,
+            config.adapter,
+            config.train.seed,
+            has_reference=config.has_reference,
+        )
+        if config.adapter.init_weights == "loftq" and starts_anew:
+            start_from_residual(self.model, base_source(config.model), config.train.seed)
+        if config.train.activation_checkpointing:
+            checkpoint_activations(base)
+        self.parameters = trainable(self.model)
+
+    def _make_runners(self, backend: str, budget: int, terms: list[Term]) -> None:
+        """What scores sequences, takes the gradient of a step, and updates."""
+        config = self.config
         self.scorer = Scorer(self.model, config, backend, budget, self.ranks)
         self.runner = StepRunner(
             self.scorer,
@@ -291,9 +313,6 @@ class Trainer:
             config.train,
             len(self.plan),
         )
-        self.resolved = resolved(config, self.model, backend, self.scorer.budget)
-        if saved is not None:
-            self._restore(saved)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
