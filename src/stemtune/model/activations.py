@@ -51,13 +51,13 @@ class OffloadedActivations(saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if storage in self._stays or tensor.nbytes < SMALL or tensor.device == self._to:
             return tensor
-        views = self._away.setdefault(storage, {})
-        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        away = self._away.setdefault(storage, {})
         version = tensor._version  # pyright: ignore[reportPrivateUsage]  # torch's notes name it
-        if (*view, version) not in views:
+        key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version)
+        if key not in away:
             waits = torch.empty_like(tensor, device=self._to, pin_memory=self._pinned)
-            views[*view, version] = waits.copy_(tensor, non_blocking=self._pinned)
-        return Away(tensor.device, views[*view, version])
+            away[key] = waits.copy_(tensor, non_blocking=self._pinned)
+        return Away(tensor.device, away[key])
 
     def _come_back(self, saved: Tensor | Away) -> Tensor:
         if not isinstance(saved, Away):
